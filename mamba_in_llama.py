@@ -1,0 +1,2139 @@
+"""The Mamba in the Llama: a pretrained Transformer becomes a hybrid Mamba model (arXiv 2408.15237).
+
+    attention                          Mamba mixer (Algorithm 1)
+    V = W_V u  --------------------->  x       what is written
+    K = W_K u  --------------------->  B       where it is written
+    Q = W_Q u  --------------------->  C       where it is read
+    O = W_O y  --------------------->  out     back to the residual stream
+    (new)                              Delta, A: how strongly to write, how fast to forget
+                                       conv, gate z, skip D: Mamba's own parts, near identity
+
+Drop the softmax of attention and a linear RNN with exactly these weights remains; Mamba adds a
+learned step Delta and decay A. Some attention layers stay (the hybrid), the MLPs stay, and three
+stages of distillation repair what the replacement broke.
+
+Glossary, with the paper's letters:
+    b, l, T      batch, length, tokens of one decoding call
+    D            model width (and, in a mixer, the skip weight)
+    H, G         query heads, key/value heads (G divides H)
+    N, P         state size per head; value channels per head (both head_dim unless said otherwise)
+    p', n'       1, 1 for "mamba2" (one Delta, one A per head); P, N for "mamba" (per channel)
+    h, state     the recurrent state (b,H,P,N)
+    S, T         student, teacher;  p, q target, draft (spec_decode.py)
+
+Contents:  1 configuration   2 the scan   3 multi-step decoding   4 the cache   5 the mixer
+           6 the hybrid model, Algorithm 1   7 losses (Eq. 2, Eq. 4)   8 evaluation   9 training
+           10 data   11 command line
+Not here: drafts, Algorithm 2, timing, the authors' checkpoints (spec_decode.py); ablations
+(test_all.py).
+
+    python mamba_in_llama.py --tiny                  # the whole story in a minute on a laptop
+    python mamba_in_llama.py --teacher DIR --attention 0.5 --out hybrid --minutes 20
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                       # no Triton on this platform: the PyTorch forms serve
+    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+# ---------------------------------------------------------------------------------------------
+# 1. Configuration: the teacher's own fields, plus ours. A recipe is a row of RECIPES.
+# ---------------------------------------------------------------------------------------------
+
+RECIPES = {
+    # starts close to linearized attention; the default, since it distils best (README, ablations)
+    "near_linear": dict(attn_init=True, rope=True, scale_c=True, conv="identity", gate="open",
+                        norm=False, skip=0.0, decay="slow"),
+    # the authors' start: Mamba's own defaults for everything that attention does not have
+    "paper": dict(attn_init=True, rope=False, scale_c=False, conv="default", gate="default",
+                  norm=True, skip=1.0, decay="default"),
+    # Table 8's control: near_linear without the attention weights
+    "random": dict(attn_init=False, rope=True, scale_c=True, conv="identity", gate="open",
+                   norm=False, skip=0.0, decay="slow"),
+    # exactly linearized attention: Delta = 1, decay 1, nothing else; for the bridge test
+    "linear_attention": dict(attn_init=True, rope=True, scale_c=True, conv="none", gate="none",
+                             norm=False, skip=None, decay="none"),
+}
+
+
+def require(condition, message):
+    """Raise ValueError(message) unless `condition` holds; the command line prints that line."""
+    if not condition:
+        raise ValueError(message)
+
+
+class HybridConfig(PreTrainedConfig):
+    """The teacher's configuration (as extra fields) and what the conversion changed.
+
+    Every difference between the recipes is one of these fields.
+    """
+
+    model_type = "mamba_in_llama"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    teacher_type: str = "llama"        # transformers' model_type of the layers that stay
+    attn_layers: list | tuple = ()     # indices of the layers that stay attention
+    mixer: str = "mamba2"              # "mamba": Delta and A per channel; "mamba2": per head
+    recipe: str = "near_linear"        # name only, the fields below decide
+    d_state: int | None = None         # N = P of a mixer head; None = head_dim, else a divisor of it
+    group_by_state: bool = False       # authors' Mamba: repeat K/V in runs of d_state, not per head
+    attn_init: bool = True             # copy W_V, W_K, W_Q, W_O (Table 8 asks what that is worth)
+    rope: bool = True                  # keep the rotary embedding on B and C (authors: dropped)
+    scale_c: bool = True               # C / sqrt(head_dim), attention's own scale (authors: 1)
+    conv: str = "identity"             # "identity": tap 1 now, 0 before, no SiLU; "default": SiLU
+    gate: str = "open"                 # y * silu(z): "open" starts at 1, "default" random, "none"
+    norm: bool = False                 # Mamba2's gated RMSNorm per head (fixes the output scale)
+    skip: float | None = 0.0           # D at the start; None: no skip at all
+    decay: str = "slow"                # "slow", "default" (Mamba's), "none" (Delta = 1, A = 0)
+    d_conv: int = 4                    # taps of the causal depthwise convolution
+
+    def teacher_config(self):
+        """The configuration of the Transformer around the mixers."""
+        own = set(HybridConfig.__annotations__) | {"model_type", "auto_map", "architectures"}
+        fields = {k: v for k, v in self.to_dict().items() if k not in own}
+        return AutoConfig.for_model(self.teacher_type, **fields)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The scan: h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T,  y_t = h_t C_t.
+# ---------------------------------------------------------------------------------------------
+
+
+def recurrence(x, delta, A, B, C, state=None):
+    """The definition of both mixers, token by token; slow, and what every fast form must equal.
+
+    delta (b,l,H,p') > 0 and A (H,p',n') < 0 broadcast over the state: p' = n' = 1 is Mamba2,
+    p' = P and n' = N is Mamba. With delta = 1 and A = 0 this is linear attention.
+
+    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
+    -> y (b,l,H,P), state
+    """
+    b, _, H, P = x.shape
+    h = x.new_zeros(b, H, P, B.shape[-1]) if state is None else state
+    ys = []
+    for x_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, delta, B, C))):
+        decay = torch.exp(d_t[..., None] * A)                           # (b,H,p',n')
+        h = decay * h + (d_t * x_t)[..., None] * B_t[..., None, :]      # (b,H,P,N)
+        ys.append((h * C_t[..., None, :]).sum(-1))                      # (b,H,P)
+    return torch.stack(ys, 1), h
+
+
+def chunked_scan(x, delta, A, B, C, state=None, chunk=64):
+    """The same function as `recurrence`, fast: tokens are taken `chunk` at a time.
+
+    Mamba2 decays a head as a whole, so a chunk is a masked attention (matrix products) plus what
+    the carried state contributes. Mamba decays every state entry by itself, no matrix product
+    exists, and MambaScan runs the recurrence in place. Decays are exponentials of differences
+    that are never positive; nothing is divided by a decay. State and decays are at least fp32.
+
+    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
+    -> y (b,l,H,P), state
+    """
+    b, l, H, P = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if state is None:
+        state = x.new_zeros(b, H, P, B.shape[-1], dtype=wide)
+    if A.shape[-1] > 1:
+        u = delta * x                                                   # (b,l,H,P)
+        y, state = MambaScan.apply(u.to(wide), delta.to(wide), A.to(wide), B.to(wide),
+                                   C.to(wide), state.to(wide), chunk)
+        return y.to(x.dtype), state
+    chunk = min(chunk, l)
+    pad = -l % chunk                                # padded tokens have delta 0: they do nothing
+    x, delta, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, delta, B, C))
+    x, delta, B, C = (v.reshape(b, -1, chunk, *v.shape[2:]).transpose(2, 3)  # (b,c,H,chunk,.)
+                      for v in (x, delta, B, C))
+    log_decay = delta[..., 0].to(wide) * A[:, 0].to(wide)               # (b,c,H,chunk), <= 0
+    cum = log_decay.cumsum(-1)                                          # from the chunk's start
+    u = (delta * x).to(x.dtype)                                         # (b,c,H,chunk,P)
+
+    # 1. inside the chunk: attention without softmax, weighted by the decay from s to t
+    between = (cum[..., :, None] - cum[..., None, :]).clamp(max=0)      # (b,c,H,t,s)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    weights = between.masked_fill(~causal, -math.inf).exp().to(x.dtype)
+    y = (C @ B.transpose(-1, -2) * weights) @ u                         # (b,c,H,chunk,P)
+
+    # 2. what each chunk adds to the state, decayed to the chunk's end
+    to_end = (cum[..., -1:] - cum).clamp(max=0).exp()[..., None].to(x.dtype)
+    added = ((u * to_end).transpose(-1, -2) @ B).to(wide)               # (b,c,H,P,N)
+
+    # 3. the state carried from chunk to chunk
+    total = cum[..., -1].exp()[..., None, None]                         # (b,c,H,1,1)
+    starts = []
+    for c in range(added.shape[1]):
+        starts.append(state)
+        state = total[:, c] * state + added[:, c]
+    start = torch.stack(starts, 1).to(x.dtype)                          # (b,c,H,P,N)
+
+    # 4. what the carried state contributes to each output
+    y = y + (C * cum.exp()[..., None].to(x.dtype)) @ start.transpose(-1, -2)
+    return y.transpose(2, 3).reshape(b, l + pad, H, P)[:, :l], state
+
+
+class MambaScan(torch.autograd.Function):
+    """Mamba's scan with decays per state entry: the recurrence in place, one small state in cache.
+
+    Autograd would keep (b,l,H,P,N) values. Here only the state at each chunk's start is kept; the
+    backward pass goes through the chunks in reverse, recomputes the states of one chunk
+    (b,chunk,H,P,N) and runs the adjoint g_t = C_t dy_t + exp(Delta_{t+1} A) g_{t+1}.
+    """
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, state, chunk):
+        """u = Delta x (b,l,H,P), the rest as in `recurrence` -> y (b,l,H,P), state"""
+        h, y, starts, decay = state.clone(), torch.empty_like(u), [], torch.empty_like(state)
+        for t in range(u.shape[1]):
+            if t % chunk == 0:
+                starts.append(h.clone())
+            torch.mul(delta[:, t, :, :, None], A, out=decay)
+            h.mul_(decay.exp_()).addcmul_(u[:, t, :, :, None], B[:, t, :, None, :])
+            torch.matmul(h, C[:, t, :, :, None], out=y[:, t, :, :, None])
+        ctx.save_for_backward(u, delta, A, B, C, *starts)
+        ctx.chunk = chunk
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, g):
+        """dy (b,l,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
+        u, delta, A, B, C, *starts = ctx.saved_tensors
+        g, dA, kept = g.clone(), torch.zeros_like(A), min(ctx.chunk, u.shape[1])
+        du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
+        h = u.new_empty(kept + 1, *g.shape)             # states of one chunk, h[0] its start
+        decay = u.new_empty(kept, *g.shape)
+        for c in reversed(range(len(starts))):
+            first, last = c * ctx.chunk, min((c + 1) * ctx.chunk, u.shape[1])
+            h[0] = starts[c]
+            for i, t in enumerate(range(first, last)):
+                torch.mul(delta[:, t, :, :, None], A, out=decay[i]).exp_()
+                torch.mul(h[i], decay[i], out=h[i + 1])
+                h[i + 1].addcmul_(u[:, t, :, :, None], B[:, t, :, None, :])
+            for i, t in reversed(list(enumerate(range(first, last)))):
+                g.addcmul_(dy[:, t, :, :, None], C[:, t, :, None, :])
+                torch.matmul(dy[:, t, :, None, :], h[i + 1], out=dC[:, t, :, None, :])
+                torch.matmul(g, B[:, t, :, :, None], out=du[:, t, :, :, None])
+                torch.matmul(u[:, t, :, None, :], g, out=dB[:, t, :, None, :])
+                g.mul_(decay[i])                        # now the gradient of decay_t h_{t-1}
+                dlog = g * h[i]                         # the gradient of Delta_t A
+                torch.sum(dlog * A, -1, out=ddelta[:, t])
+                dA += torch.einsum("bhp,bhpn->hpn", delta[:, t], dlog)
+        return du, ddelta, dA, dB, dC, g, None
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Multi-step decoding: replay what was accepted, go on for T tokens, touch the state once.
+# ---------------------------------------------------------------------------------------------
+
+
+def use_triton(impl, state):
+    """The one dispatch: impl "torch" or "triton" forces a form; None takes Triton where it runs."""
+    if impl is not None:
+        return impl == "triton"
+    runs = state.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and hasattr(triton, "compile") and state.dtype != torch.float64
+
+
+def to_heads(v, H, runs):
+    """Each head its group's slice, v (b,l,G,n) -> (b,l,H,n); head h reads group(h, H, G, runs)."""
+    b, l, G, n = v.shape
+    if G == H:
+        return v
+    v = v.reshape(b, l, G // runs, 1, runs, n).expand(-1, -1, -1, H // G, -1, -1)
+    return v.reshape(b, l, H, n)
+
+
+def put(ring, index, new, valid):
+    """Write `new` (b,T,...) into the slots `index` of a ring, in place, where `valid` (b,T)."""
+    if valid is not None:
+        new = torch.where(valid[..., None, None], new, ring[index])
+    ring[index] = new.to(ring.dtype)
+
+
+def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
+               n_valid=None, ring=16, runs=1, impl=None):
+    """T tokens per row from a checkpoint `state` and a ring of the inputs since (Algorithm 2).
+
+    Delta = softplus(dt + dt_bias); h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T;
+    y_t = (h_t C_t + D x_t) * silu(z_t). p' = n' = 1 is "mamba2", p' = P and n' = N is "mamba".
+    counts int32 (3,b): base = tokens inside `state`, length = committed, pending = decoded since
+    the last commit. The token of position s lives in slot s % slots of the rings, slots >=
+    2 * ring; ring_dt holds Delta. A row whose tokens would not fit, (length - base) + pending + T
+    > ring, folds base..length-1 into its `state` (the flush); other rows only read theirs. The
+    first n_valid (b,) of the T inputs are stored; y of the others means nothing. counts stay as
+    they are: the caller sets base = length in flushed rows and adds to pending.
+
+    Bytes per row and call, u = input bytes, S = tokens since base, p = H or H P (Delta's size):
+    4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (3 H P + H N + Gx P
+    + Gb N + p) + u (Gx P + Gb N) + 4 p) for the new tokens; a flush adds 4 H P N and no more.
+    Mamba2 of an 8B Llama, bf16, T = 5: 2.0 MiB of state + 0.2 MiB; 4.0 + 0.2 with a flush.
+
+    x (b,T,Gx,P)  dt (b,T,H,p')  B (b,T,Gb,N)  C (b,T,H,N)  A (H,p',n')  dt_bias, D (H,p')
+    z (b,T,H,P)  state (b,H,P,N)  ring_x (b,slots,Gx,P)  ring_dt (b,slots,H,p')
+    ring_B (b,slots,Gb,N) -> y (b,T,H,P)
+    """
+    if use_triton(impl, state):
+        return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
+                                 counts, n_valid, ring, runs)
+    b, T, H = dt.shape[:3]
+    base, length, pending = counts[..., None].unbind()                  # (b,1) each
+    first, slots, wide = length + pending, ring_x.shape[1], state.dtype
+    R = ring if counts.is_cuda else int((first - base).max())          # a host read is free here
+    row, t = torch.arange(b, device=x.device)[:, None], torch.arange(T, device=x.device)
+    xs, Bs, ds = x, B, F.softplus(dt.to(wide) + dt_bias, threshold=40)
+    fold = torch.where(first - base + T > ring, length - base, 0)       # (b,1) tokens to fold
+    d_new, i = ds, torch.arange(R, device=x.device)
+    if R:                                                               # old tokens go in front
+        old = row, (base + i) % slots                                   # (b,R)
+        absent = (i >= first - base)[..., None, None]                   # Delta = 0: does nothing
+        ds = torch.cat([ring_dt[old].masked_fill(absent, 0), ds], 1)    # (b,R+T,H,p')
+        xs, Bs = torch.cat([ring_x[old], x], 1), torch.cat([ring_B[old], B], 1)
+    new, valid = (row, (first + t) % slots), None if n_valid is None else t < n_valid[:, None]
+    for ring_v, v in (ring_x, x), (ring_dt, d_new), (ring_B, B):
+        put(ring_v, new, v, valid)
+    u = to_heads(xs.to(wide), H, runs) * ds                             # Delta x (b,R+T,H,P)
+    form = parallel_form if A.shape[-1] == 1 else recurrent_form
+    y = form(u, ds, to_heads(Bs.to(wide), H, runs), C.to(wide), A.to(wide), state, i < fold)
+    if D is not None:
+        y = y + D * to_heads(x, H, runs)
+    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
+
+
+def parallel_form(u, delta, B, C, A, state, fold):
+    """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s.
+
+    The first R tokens are old ones; those marked in `fold` (b,R) also enter the state.
+    u (b,R+T,H,P)  delta (b,R+T,H,1)  B (b,R+T,H,N)  C (b,T,H,N) -> y (b,T,H,P)
+    """
+    R = fold.shape[1]
+    u, B, C, log_decay = (v.transpose(1, 2) for v in (u, B, C, delta[..., 0] * A[:, 0, 0]))
+    cum = log_decay.cumsum(-1)                                          # (b,H,R+T)
+    cum_t = cum[..., R:, None]                                          # (b,H,T,1)
+    decay = (cum_t - cum[..., None, :]).clamp_(max=0).exp_()            # (b,H,T,R+T)
+    scores = (C @ B.mT * decay).tril(R)
+    y = scores @ u + cum_t.exp() * (C @ state.mT)                       # (b,H,T,P)
+    if R:
+        log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
+        total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
+        weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
+        state.mul_(total[..., None].exp())
+        state += (u[:, :, :R] * weight[..., None]).mT @ B[:, :, :R]     # (b,H,P,N)
+    return y.transpose(1, 2)
+
+
+def recurrent_form(u, delta, B, C, A, state, fold):
+    """Mamba: every state entry decays by itself, so token by token; shapes as above."""
+    R, h, kept, ys = fold.shape[1], state, state, []
+    for i, (u_i, d_i, B_i) in enumerate(zip(*(v.unbind(1) for v in (u, delta, B)))):
+        h = (d_i[..., None] * A).exp() * h + u_i[..., None] * B_i[..., None, :]   # (b,H,P,N)
+        if i < R:                                   # the checkpoint stops at the last folded token
+            kept = torch.where(fold[:, i, None, None, None], h, kept)
+        else:
+            ys.append((h @ C[:, i - R, :, :, None])[..., 0])            # (b,H,P)
+    state.copy_(kept)
+    return torch.stack(ys, 1)
+
+
+@triton.jit
+def group(h, H, G, runs):
+    """The group that head h reads: runs = 1 repeats each group H // G times in a row."""
+    return h // (H // G * runs) * runs + h % runs
+
+
+@triton.jit
+def is_first(h, H, G, runs):
+    """Is h the first head of its group? That head's program stores the group's new inputs."""
+    return h // runs % (H // G) == 0
+
+
+@triton.jit
+def softplus(v):
+    """max(v, 0) + log1p(exp(-|v|)), log1p as a series in e / (2 + e) <= 1/3: GPU logarithms are
+    absolute to 2^-22, which a Delta of 0.001 would feel."""
+    e = tl.exp(-tl.abs(v))
+    r = e / (2 + e)
+    q = r * r
+    s = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(v, 0) + 2 * r * s
+
+
+@triton.jit
+def product(a, b, acc):
+    """acc + a @ b in fp32. The interpreter has no bf16 product: it would multiply the raw bits."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def split_product(a, b, acc, TERMS: tl.constexpr):
+    """acc + a @ b for fp32 a: against bf16 b, a goes in as TERMS bf16 parts of 8 bits each, since
+    one bf16 or TF32 product would leave an error of 1e-3 in the state."""
+    for _ in tl.static_range(TERMS if b.dtype == tl.bfloat16 else 1):
+        part = a.to(b.dtype)
+        acc = product(part, b, acc)
+        a -= part.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def old_and_new(ring_v, ring_width, slot, old, v, v_row, t, fresh, column, inside, DT: tl.constexpr):
+    """Rows of one input in the order of their positions: old ones from the ring, then new ones."""
+    a = tl.load(ring_v + slot[:, None] * ring_width + column[None, :],
+                mask=old[:, None] & inside[None, :], other=0)           # (R,n)
+    b = tl.load(v + t[:, None] * v_row + column[None, :],
+                mask=fresh[:, None] & inside[None, :], other=0)         # (R,n)
+    return tl.where(old[:, None], a.to(DT), b.to(DT))
+
+
+@triton.jit
+def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+                  x_row, dt_row, B_row, C_row, z_row, T, slots, ring,
+                  GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                  N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                  BT: tl.constexpr, BR: tl.constexpr):
+    """BP channels of one head of one row, the parallel form on tensor cores. BT >= T, BR >= ring."""
+    split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    base, length = tl.load(counts + row), tl.load(counts + b + row)
+    n_old = length + tl.load(counts + 2 * b + row) - base               # tokens in the ring
+    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
+    s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
+    in_n, row = n < N, row.to(tl.int64)                                 # offsets pass 2^31
+    DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
+
+    # everything that does not depend on the counts is requested first, the state before all
+    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n[None, :]      # (BP,BN)
+    h0 = tl.load(state, mask=in_n[None, :], other=0)
+    x, dt, B = x + row * T * x_row, dt + row * T * dt_row + h, B + row * T * B_row
+    C_t = tl.load(C + (row * T + t[:, None]) * C_row + h * N + n[None, :],
+                  mask=(t < T)[:, None] & in_n[None, :], other=0).to(DT)        # (BT,BN)
+    a, shift = tl.load(A + h), tl.load(bias + h)
+    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
+    ring_x, ring_B = ring_x + row * slots * (GX * P), ring_B + row * slots * (GB * N)
+    ring_dt += row * slots * H + h
+
+    # 1. flush: fold the committed tokens into the checkpoint
+    if n_old + T > ring:
+        old = s < length - base                                         # (BR,)
+        slot = (base + s) % slots
+        x_s = old_and_new(ring_x, GX * P, slot, old, x, x_row, s, s < 0, gx, p < P, DT)
+        B_s = old_and_new(ring_B, GB * N, slot, old, B, B_row, s, s < 0, gb, in_n, DT)
+        delta = tl.load(ring_dt + slot * H, mask=old, other=0)
+        decay = delta * a
+        to_end = tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))  # after s
+        u = x_s.to(tl.float32) * (delta * to_end)[:, None]              # (BR,BP)
+        h0 = split_product(tl.trans(u), B_s, h0 * tl.exp(tl.sum(decay)), 3)
+        tl.store(state, h0, mask=in_n[None, :])
+        n_old -= length - base
+        base = length
+
+    # 2. what is left in the ring, then the new tokens, in one tile of BR rows
+    old, fresh, k = s < n_old, (s >= n_old) & (s < n_old + T), s - n_old        # (BR,)
+    slot = (base + s) % slots
+    x_s = old_and_new(ring_x, GX * P, slot, old, x, x_row, k, fresh, gx, p < P, DT)  # (BR,BP)
+    B_s = old_and_new(ring_B, GB * N, slot, old, B, B_row, k, fresh, gb, in_n, DT)   # (BR,BN)
+    delta = softplus(tl.load(dt + k * dt_row, mask=fresh, other=0).to(tl.float32) + shift)
+    delta = tl.where(old, tl.load(ring_dt + slot * H, mask=old, other=0), delta)     # (BR,)
+
+    # 3. y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s + D x_t
+    decay = delta * a
+    seen = s[None, :] <= n_old + t[:, None]                             # (BT,BR)
+    cum, cum_t = tl.cumsum(decay), tl.sum(tl.where(seen, decay[None, :], 0), 1)
+    hi = h0.to(DT)                                                      # C is exact in DT
+    out = product(C_t, tl.trans(hi), tl.zeros((BT, BP), tl.float32))    # (BT,BP)
+    if DT == tl.bfloat16:
+        out = product(C_t, tl.trans((h0 - hi.to(tl.float32)).to(DT)), out)
+    scores = product(C_t, tl.trans(B_s), tl.zeros((BT, BR), tl.float32))         # (BT,BR)
+    scores *= tl.exp(tl.minimum(cum_t[:, None] - cum[None, :], 0)) * delta[None, :]
+    scores = tl.where(seen, scores, 0)
+    if D is not None:                                                   # x_t is row n_old + t
+        scores += tl.where(s[None, :] == n_old + t[:, None], tl.load(D + h), 0)
+    out = split_product(scores, x_s, out * tl.exp(cum_t)[:, None], 2)
+    at = (row * T + t[:, None]) * (H * P) + h * P + p[None, :]          # (BT,BP)
+    if z is not None:
+        z_row_t = (row * T + t[:, None]) * z_row + h * P + p[None, :]
+        gate = tl.load(z + z_row_t, mask=(t < T)[:, None], other=0).to(tl.float32)
+        out *= gate * tl.sigmoid(gate)
+    tl.store(y + at, out, mask=(t < T)[:, None])
+
+    # 4. the new inputs enter the ring, each from one program; nobody reads these slots now
+    if n_valid is not None:
+        fresh &= k < tl.load(n_valid + row)
+    if is_first(h, H, GX, RUNS):
+        tl.store(ring_x + slot[:, None] * (GX * P) + gx[None, :], x_s, mask=fresh[:, None])
+    if split == 0:
+        tl.store(ring_dt + slot * H, delta, mask=fresh)
+        if is_first(h, H, GB, RUNS):
+            tl.store(ring_B + slot[:, None] * (GB * N) + gb[None, :], B_s,
+                     mask=fresh[:, None] & in_n[None, :])
+
+
+@triton.jit
+def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+                 x_row, dt_row, B_row, C_row, z_row, T, slots, ring,
+                 GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                 N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                 BT: tl.constexpr, BR: tl.constexpr):
+    """BP channels of one head of one row, the recurrence in registers: per-channel decays leave no
+    matrix product. BT = T, BR = old tokens requested at once."""
+    split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    base, length = tl.load(counts + row), tl.load(counts + b + row)
+    n_old = length + tl.load(counts + 2 * b + row) - base               # tokens in the ring
+    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
+    in_n, row = n < N, row.to(tl.int64)                                 # offsets pass 2^31
+
+    # everything that does not depend on the counts is requested first, the state before all
+    tile = h * (P * N) + p[:, None] * N + n[None, :]                    # (BP,BN)
+    state += row * (H * P * N) + tile
+    h_t = tl.load(state, mask=in_n[None, :], other=0)
+    a = tl.load(A + tile, mask=in_n[None, :], other=0) * 1.4426950408889634     # for exp2
+    channel, shift = h * P + p, tl.load(bias + h * P + p)               # (BP,)
+    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
+    xs, ds, Bs, Cs = (), (), (), ()                                     # one entry per new token
+    for t in tl.static_range(BT):
+        at = row * T + t
+        xs += (tl.load(x + at * x_row + gx),)                           # (BP,)
+        ds += (tl.load(dt + at * dt_row + channel),)                    # (BP,)
+        Bs += (tl.load(B + at * B_row + gb, mask=in_n, other=0),)       # (BN,)
+        Cs += (tl.load(C + at * C_row + h * N + n, mask=in_n, other=0),)    # (BN,)
+    ring_x, ring_B = ring_x + row * slots * (GX * P) + gx, ring_B + row * slots * (GB * N) + gb
+    ring_dt += row * slots * (H * P) + channel
+
+    # 1. replay; the checkpoint stays behind at the last committed token
+    kept, committed, slot0 = h_t, length - base, base % slots
+    for first in range(0, n_old, BR):
+        for i in tl.static_range(BR):
+            s = first + i
+            slot = tl.where(slot0 + s < slots, slot0 + s, slot0 + s - slots)
+            in_p, in_n_s = p < tl.where(s < n_old, P, 0), n < tl.where(s < n_old, N, 0)
+            delta = tl.load(ring_dt + slot * (H * P), mask=in_p, other=0)   # 0: no effect
+            x_s = tl.load(ring_x + slot * (GX * P), mask=in_p, other=0).to(tl.float32)
+            B_s = tl.load(ring_B + slot * (GB * N), mask=in_n_s, other=0).to(tl.float32)
+            h_t = tl.exp2(delta[:, None] * a) * h_t + (delta * x_s)[:, None] * B_s[None, :]
+            kept = tl.where(s < committed, h_t, kept)
+
+    # 2. the new tokens
+    ys, deltas = (), ()
+    for t in tl.static_range(BT):
+        delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
+        B_t, C_t = Bs[t].to(tl.float32), Cs[t].to(tl.float32)
+        h_t = tl.exp2(delta[:, None] * a) * h_t + (delta * x_t)[:, None] * B_t[None, :]
+        ys += (tl.sum(h_t * C_t[None, :], 1),)                          # (BP,)
+        deltas += (delta,)
+    if n_old + T > ring:
+        tl.store(state, kept, mask=in_n[None, :])
+    valid = T if n_valid is None else tl.load(n_valid + row)
+    for t in tl.static_range(BT):
+        out = ys[t]
+        if D is not None:
+            out += tl.load(D + channel) * xs[t].to(tl.float32)
+        if z is not None:
+            gate = tl.load(z + (row * T + t) * z_row + channel).to(tl.float32)
+            out *= gate * tl.sigmoid(gate)
+        tl.store(y + (row * T + t) * (H * P) + channel, out)
+        if t < valid:                               # store the inputs, each from one program
+            slot = (base + n_old + t) % slots
+            tl.store(ring_dt + slot * (H * P), deltas[t])
+            if is_first(h, H, GX, RUNS):
+                tl.store(ring_x + slot * (GX * P), xs[t])
+            if is_first(h, H, GB, RUNS) & (split == 0):
+                tl.store(ring_B + slot * (GB * N), Bs[t], mask=in_n)
+
+
+def tile_sizes(mamba2, b, H, P, N, T, ring):
+    """BP, BR, warps, register limit of a launch. A small batch is cut fine, so that 132 SMs have
+    work; a large one needs several programs on each SM, so that loads overlap arithmetic."""
+    low, large = P & -P, b * H * P * N > 2 ** 21    # BP divides P, so channels need no mask
+    if mamba2:
+        BR = max(16, triton.next_power_of_2(ring))
+        return min(low, 32), BR, 4 if BR == 16 else 8, 128 if large else None
+    BR = min(triton.next_power_of_2(ring), 4 if large else 16)
+    return min(low, max(1, 256 // triton.next_power_of_2(N))), BR, 1, 168 if large else None
+
+
+def rows(v):
+    """(b,T,i,j) -> (b T, i j): a view also for a column slice of a projection's output."""
+    v = v.flatten(2).flatten(0, 1)
+    return v if v.stride(1) == 1 else v.contiguous()
+
+
+def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
+                      n_valid, ring, runs):
+    """`multi_step` on the GPU (or in the interpreter): one launch, nothing read by the host."""
+    b, T, GX, P = x.shape
+    H, N, mamba2 = C.shape[2], C.shape[3], A.shape[-1] == 1
+    for v in (A, dt_bias, state, ring_x, ring_dt, ring_B, counts):
+        assert v.is_contiguous(), "state, rings, counts and per-head weights must be contiguous"
+    BP, BR, warps, registers = tile_sizes(mamba2, b, H, P, N, T, ring)
+    BN = triton.next_power_of_2(N)
+    BT = max(16, triton.next_power_of_2(T)) if mamba2 else T
+    y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
+    new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
+    strides = [0 if v is None else v.stride(0) for v in new]
+    with torch.cuda.device_of(x):
+        (mamba2_kernel if mamba2 else mamba_kernel)[P // BP, H, b](
+            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+            *strides, T, ring_x.shape[1], ring, GX, B.shape[2], H, P, N, runs, BP, BN, BT, BR,
+            num_warps=warps, maxnreg=registers)
+    return y
+
+
+def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None):
+    """The causal depthwise convolution of T new tokens, whose window reaches back into a ring.
+
+    out_t = silu(bias + sum_w weight_w u_{t-W+1+w}); positions below 0 count as zero. ring_u holds
+    the raw inputs, slots >= 2 * ring + W - 1; the first n_valid (b,) new ones enter it. Memory:
+    one read of u and of W - 1 old rows, one write of u and of the output, per row of the batch.
+
+    u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
+    """
+    (b, T, c), W, slots = u.shape, weight.shape[1], ring_u.shape[1]
+    if use_triton(impl, u):
+        assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
+        out, u = torch.empty(b, T, c, dtype=u.dtype, device=u.device), rows(u[..., None])
+        BC = 64 if b * c < 2 ** 17 else 256
+        with torch.cuda.device_of(u):
+            conv_kernel[triton.cdiv(c, BC), b](
+                u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
+                triton.next_power_of_2(T), BC, num_warps=2)
+        return out
+    first, wide = (counts[1] + counts[2])[:, None], torch.promote_types(u.dtype, torch.float32)
+    row, at = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
+    at = first + at                                                     # (b,W-1+T) positions
+    slot, t = at % slots, at[:, W - 1:] - first
+    old = ring_u[row, slot[:, :W - 1]].masked_fill((at[:, :W - 1] < 0)[..., None], 0)
+    window = torch.cat([old, u], 1).unfold(1, W, 1).to(wide)            # (b,T,c,W)
+    put(ring_u[..., None], (row, slot[:, W - 1:]), u[..., None],
+        None if n_valid is None else t < n_valid[:, None])
+    out = (window * weight.to(wide)).sum(-1)
+    out = out if bias is None else out + bias
+    return (F.silu(out) if act else out).to(u.dtype)
+
+
+@triton.jit
+def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, c: tl.constexpr,
+                W: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """BC channels of one row; a tap before the new tokens comes from the ring."""
+    row, b = tl.program_id(1), tl.num_programs(1)
+    first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
+    t, j, row = tl.arange(0, BT), tl.program_id(0) * BC + tl.arange(0, BC), row.to(tl.int64)
+    u, ring_u = u + row * T * u_row + j[None, :], ring_u + row * slots * c + j[None, :]
+    real, in_c = (t < T)[:, None], (j < c)[None, :]
+    acc = tl.zeros((BT, BC), tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + j, mask=j < c, other=0).to(tl.float32)[None, :]
+    for w in tl.static_range(W):
+        at = t + (w - W + 1)                                            # (BT,) relative to first
+        now, before = (at >= 0)[:, None] & real, ((at < 0) & (first + at >= 0))[:, None] & real
+        tap = tl.load(u + at[:, None] * u_row, mask=now & in_c, other=0).to(tl.float32)
+        slot = (first + at + slots) % slots                             # never negative
+        tap += tl.load(ring_u + slot[:, None] * c, mask=before & in_c, other=0).to(tl.float32)
+        acc += tap * tl.load(weight + j * W + w, mask=j < c, other=0).to(tl.float32)[None, :]
+    if ACT:
+        acc *= tl.sigmoid(acc)
+    tl.store(out + (row * T + t[:, None]) * c + j[None, :], acc, mask=real & in_c)
+    new = tl.load(u + t[:, None] * u_row, mask=real & in_c, other=0)    # (BT,BC)
+    if n_valid is not None:
+        real &= (t < tl.load(n_valid + row))[:, None]
+    tl.store(ring_u + ((first + t) % slots)[:, None] * c, new, mask=real & in_c)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The cache: one checkpoint state and a ring of inputs per mixer, static K/V per attention.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MixerState:
+    """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks."""
+
+    state: torch.Tensor                # (b,H,P,N) at least fp32, the checkpoint h_i
+    ring_x: torch.Tensor               # (b,slots,Gx,P) values; position s lives in slot s % slots
+    ring_dt: torch.Tensor              # (b,slots,H,p') Delta, at least fp32
+    ring_B: torch.Tensor               # (b,slots,G,N) keys, after convolution and RoPE
+    ring_u: torch.Tensor               # (b,slots,c) the convolution's raw inputs
+
+    def tensors(self):
+        return [self.state, self.ring_x, self.ring_dt, self.ring_B, self.ring_u]
+
+
+@dataclass
+class AttentionState:
+    """Keys and values by absolute position; rows rewind by their count, nothing is erased."""
+
+    k: torch.Tensor                    # (b,G,max_length+1,head_dim), the last slot is a bin
+    v: torch.Tensor                    # (b,G,max_length+1,head_dim)
+
+    def tensors(self):
+        return [self.k, self.v]
+
+
+class MixerCache:
+    """All a decoder remembers, for `generate()` and for Algorithm 2 alike.
+
+    counts (3,b) int32 on the device: tokens folded into the checkpoint states, tokens committed,
+    tokens pending since the last commit. All layers share them; `decode` makes tokens pending,
+    `commit` decides how many of them stand. Rolling back is not counting them.
+    """
+
+    is_compileable = False             # transformers: do not compile generate() around this
+
+    def __init__(self, layers, counts, ring, max_length):
+        self.layers, self.counts = layers, counts
+        self.ring, self.max_length = ring, max_length
+        self.columns = 0               # columns of input_ids taken in, padding included
+        self.open = 0                  # tokens decoded since the last commit, at most `ring`
+        self.positions = None          # (b,T) where the call in progress writes, None in prefill
+        self.n_valid = None            # (b,) int32 real tokens per row of the call in progress
+
+    @classmethod
+    def allocate(cls, student, batch_size, max_length=None, ring=16):
+        """An empty cache for `batch_size` rows of any decoder, hybrid or plain.
+
+        max_length: tokens a row can hold in its attention layers (default: the context).
+        ring: most tokens between two commits; the rings hold 2 ring + d_conv - 1 slots.
+        """
+        require(batch_size >= 1 and ring >= 1, f"batch_size {batch_size} and ring {ring} must be "
+                "at least 1")
+        config, weight = student.config, student.get_input_embeddings().weight
+        like = dict(device=weight.device, dtype=weight.dtype)
+        context = getattr(config, "max_position_embeddings", None) or 2048
+        max_length = max_length or context
+        layers = []
+        for layer in student.model.layers:
+            mixer = layer.self_attn
+            if isinstance(mixer, Mixer):
+                layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
+            else:
+                heads = mixer.k_proj.out_features // mixer.head_dim
+                shape = (batch_size, heads, max_length + 1, mixer.head_dim)
+                layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
+        counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
+        return cls(layers, counts, ring, max_length)
+
+    def __len__(self):
+        return len(self.layers)
+
+    @property
+    def length(self):
+        """(b,) committed tokens per row."""
+        return self.counts[1]
+
+    @property
+    def has_attention(self):
+        return any(isinstance(layer, AttentionState) for layer in self.layers)
+
+    def reset(self):
+        """Empty every row; the tensors stay where they are (a captured graph keeps working)."""
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                tensor.zero_()
+        self.counts.zero_()
+        self.columns = self.open = 0
+
+    def commit(self, n_accepted):
+        """Let the first n_accepted (b,) tokens decoded since the last commit stand, drop the rest.
+
+        A wrong count raises ValueError on the CPU; on CUDA it is clamped, since looking would
+        cost a synchronisation.
+        """
+        n = torch.as_tensor(n_accepted, device=self.counts.device, dtype=torch.int32)
+        if not self.counts.is_cuda:
+            require(bool(((n >= 0) & (n <= self.counts[2])).all()), f"commit of {n.tolist()} "
+                    f"tokens, but {self.counts[2].tolist()} are pending")
+        self.counts[1] += n.clamp(min=0).minimum(self.counts[2])
+        self.counts[2].zero_()
+        self.open = 0
+
+    # what transformers asks of a cache ----------------------------------------------------------
+
+    def update(self, k, v, layer_idx, *args, **kwargs):
+        """Write keys and values where `positions` says; return what the queries may look at.
+
+        k, v (b,G,T,head_dim) -> k, v (b,G,columns,head_dim); in prefill the new ones alone
+        """
+        layer, rows = self.layers[layer_idx], torch.arange(k.shape[0], device=k.device)[:, None]
+        layer.k[rows, :, self.positions] = k.transpose(1, 2)
+        layer.v[rows, :, self.positions] = v.transpose(1, 2)
+        if self.columns == 0:
+            return k, v
+        return layer.k[:, :, : self.visible], layer.v[:, :, : self.visible]
+
+    def reorder_cache(self, beam_idx):
+        """Beam search: row i becomes what row beam_idx[i] was."""
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                tensor.copy_(tensor.index_select(0, beam_idx))
+        self.counts.copy_(self.counts.index_select(1, beam_idx))
+
+    def get_seq_length(self, layer_idx=0):
+        return self.columns
+
+    def get_query_offset(self, layer_idx=0):
+        return self.columns
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        return query_length, 0             # prefill only: decode brings its own 4-D mask
+
+
+def hidden_states(model, tokens, attention_mask=None, **kwargs):
+    """The last layer's normed output, of a hybrid or a plain decoder; no logits, no cache.
+
+    tokens (b,l)  attention_mask (b,l) or None -> (b,l,D)
+    """
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs.update(attention_mask=attention_mask, token_mask=attention_mask.bool(),
+                      position_ids=position_ids)
+    return model.model(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+
+
+@torch.no_grad()
+def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
+    """Take a whole prompt into an empty cache, all of it committed; left padding by the mask.
+
+    tokens (b,l)  attention_mask (b,l) or None -> logits (b,logits_to_keep,vocab), 0 keeps all
+    """
+    b, l = tokens.shape
+    require(cache.columns == 0, f"prefill wants an empty cache, this one holds {cache.columns} "
+            "columns")
+    require(l >= 1, "the prompt is empty")
+    require(not cache.has_attention or l <= cache.max_length, f"the prompt of {l} tokens is longer "
+            f"than the {cache.max_length} that the attention layers' cache holds")
+    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+    require(mask.shape == tokens.shape, f"attention_mask {tuple(mask.shape)} does not fit tokens "
+            f"{tuple(tokens.shape)}")
+    if not tokens.is_cuda:
+        require(bool((mask[:, 1:] >= mask[:, :-1]).all() & (mask[:, -1] == 1).all()),
+                "prefill takes padding on the left only, and no empty rows")
+    positions = mask.long().cumsum(-1) - 1
+    cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: to the bin
+    cache.n_valid = mask.sum(-1, dtype=torch.int32)
+    hidden = hidden_states(model, tokens, attention_mask, past_key_values=cache)
+    cache.counts[0] = cache.counts[1] = cache.n_valid
+    cache.columns = l
+    return model.get_output_embeddings()(hidden[:, -logits_to_keep:])
+
+
+@torch.no_grad()
+def decode(model, tokens, cache, n_valid=None):
+    """T more tokens per row, provisional until `cache.commit`; rows may bring fewer (n_valid).
+
+    All counts stay on the device: on CUDA one captured graph serves every call of this shape.
+
+    tokens (b,T)  n_valid (b,) int32 or None -> logits (b,T,vocab)
+    """
+    b, T = tokens.shape
+    require(T >= 1 and cache.open + T <= cache.ring, f"{cache.open} tokens since the last commit "
+            f"and {T} more exceed the ring of {cache.ring}")
+    counts, device = cache.counts, tokens.device
+    base, length, pending = counts
+    n_new = torch.full_like(length, T) if n_valid is None else n_valid.to(torch.int32)
+    steps = torch.arange(T, device=device)
+    positions = (length + pending).long()[:, None] + steps                     # (b,T)
+    inside = (steps < n_new[:, None]) & (positions < cache.max_length)
+    cache.visible = cache.max_length
+    if not tokens.is_cuda:
+        cache.visible = min(cache.max_length, int(positions.max()) + 1)        # a free host read
+        require(not cache.has_attention or int((length + pending + n_new).max()) <=
+                cache.max_length, f"{int((length + pending + n_new).max())} tokens do not fit the "
+                f"{cache.max_length} that the attention layers' cache holds")
+    cache.positions = positions.masked_fill(~inside, cache.max_length)
+    cache.n_valid = n_new
+    cache.columns = max(cache.columns, 1)                                       # no longer empty
+    hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
+                         attention_mask=decode_masks(model, positions, cache), use_cache=True)
+    flush = length - base + pending + T > cache.ring                            # as multi_step did
+    counts[0] = torch.where(flush, length, base)
+    counts[2] += n_new
+    cache.open += T
+    return model.get_output_embeddings()(hidden.last_hidden_state)
+
+
+def decode_masks(model, positions, cache):
+    """Who may look where: key s is visible to position t when s <= t (and inside the window).
+
+    positions (b,T) -> (b,1,T,columns) bool for sdpa, additive for eager; a dict of them by layer
+    type for models that mix full and sliding attention
+    """
+    if not cache.has_attention:
+        return None
+    config, keys = model.config, torch.arange(cache.visible, device=positions.device)
+    full = keys <= positions[:, None, :, None]
+
+    def finish(mask):
+        if getattr(model.model.config, "_attn_implementation", "sdpa") != "eager":
+            return mask
+        dtype = model.get_input_embeddings().weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min)
+
+    window = getattr(config, "sliding_window", None)
+    near = full & (keys > positions[:, None, :, None] - window) if window else full
+    types = set(getattr(config, "layer_types", None) or [])
+    if "sliding_attention" in types:
+        return {"full_attention": finish(full), "sliding_attention": finish(near)}
+    return finish(near)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The mixer: what stands where attention stood. Both kinds, training and decoding.
+# ---------------------------------------------------------------------------------------------
+
+
+def apply_rope(v, cos, sin):
+    """Rotary embedding in Llama's half-split layout. v (b,l,heads,head_dim), cos (.,l,head_dim)"""
+    first, second = v.chunk(2, -1)
+    return v * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+
+
+def expand_groups(v, heads, runs):
+    """Repeat each key/value head for the query heads that share it, at head granularity.
+
+    A head cut into `runs` pieces of d_state columns keeps its pieces together.
+
+    v (b,l,G,n) -> (b,l,heads,n)
+    """
+    b, l, G, n = v.shape
+    v = v.reshape(b, l, G // runs, 1, runs, n).expand(-1, -1, -1, heads // G, -1, -1)
+    return v.reshape(b, l, heads, n)
+
+
+class Mixer(nn.Module):
+    """Mamba or Mamba2 with attention's four projections; called by transformers as `self_attn`.
+
+    in_proj's rows are, in this order: z (gate), x (from V), B (from K), C (from Q), dt. Mamba
+    convolves x after its heads are repeated and makes Delta per channel through a low rank;
+    Mamba2 convolves x, B, C before and has one Delta per head.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.d_conv = config, layer_idx, config.d_conv
+        D, Q = config.hidden_size, config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or D // Q
+        self.N = config.d_state or self.head_dim
+        cut = self.head_dim // self.N                       # mixer heads per attention head
+        kv_heads = getattr(config, "num_key_value_heads", None) or Q
+        self.H, self.G = Q * cut, kv_heads * cut
+        self.runs = 1 if config.group_by_state else cut
+        self.d_inner, self.d_xb = Q * self.head_dim, kv_heads * self.head_dim
+        self.per_channel = config.mixer == "mamba"
+        d_delta = self.d_inner if self.per_channel else self.H
+        rank = math.ceil(D / 16) if self.per_channel else self.H
+        sizes = dict(z=0 if config.gate == "none" else self.d_inner, x=self.d_xb, B=self.d_xb,
+                     C=self.d_inner, dt=rank)
+        ends = list(accumulate(sizes.values()))
+        self.rows = {k: slice(end - n, end) for (k, n), end in zip(sizes.items(), ends)}
+
+        self.in_proj = nn.Linear(D, ends[-1])
+        self.out_proj = nn.Linear(self.d_inner, D)
+        if self.per_channel:
+            self.dt_proj = nn.Linear(rank, d_delta, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(d_delta))
+        self.A_log = nn.Parameter(torch.empty(d_delta, *[self.N] * self.per_channel))
+        if config.skip is not None:
+            self.D = nn.Parameter(torch.empty(d_delta))
+        self.d_convolved = self.d_inner if self.per_channel else 2 * self.d_xb + self.d_inner
+        if config.conv != "none":
+            self.conv1d = nn.Conv1d(self.d_convolved, self.d_convolved, self.d_conv,
+                                    groups=self.d_convolved, padding=self.d_conv - 1)
+        if config.norm:
+            self.norm_weight = nn.Parameter(torch.empty(self.d_inner))
+
+    @torch.no_grad()
+    def init_parameters(self):
+        """Everything attention does not have, by the recipe's fields; projections: see Linear."""
+        config, heads = self.config, self.H
+        self.in_proj.bias.zero_()
+        self.out_proj.bias.zero_()
+        if config.gate == "open":                   # silu(1.2785) = 1: y passes as it is
+            self.in_proj.weight[self.rows["z"]] = 0
+            self.in_proj.bias[self.rows["z"]] = 1.2784645427610738
+        if config.conv == "identity":
+            self.conv1d.weight.zero_()
+            self.conv1d.weight[:, :, -1] = 1
+        if config.conv != "none":
+            self.conv1d.bias.zero_()
+        if config.skip is not None:
+            self.D.fill_(config.skip)
+        if config.norm:
+            self.norm_weight.fill_(1)
+        n_delta = self.dt_bias.shape[0]
+        if config.decay == "none":                  # Delta = 1, A = 0: linear attention
+            delta = torch.ones(n_delta, dtype=torch.float64)
+            self.A_log.fill_(-math.inf)
+        elif config.decay == "slow":                # averages over 1 to 1000 tokens, by head
+            spread = torch.linspace(math.log(0.3), math.log(0.001), heads).exp()
+            delta = spread.repeat_interleave(n_delta // heads)
+            self.A_log.zero_()
+        else:                                       # Mamba's defaults (section 2 of the paper)
+            delta = torch.empty(n_delta).uniform_(math.log(0.001), math.log(0.1)).exp()
+            n = torch.arange(1, self.N + 1.0)
+            self.A_log.copy_(n.log().expand(n_delta, -1) if self.per_channel
+                             else torch.empty(heads).uniform_(1, 16).log())
+        self.dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))            # softplus inverse
+        if config.decay != "default":               # Delta starts the same for every token
+            (self.dt_proj.weight if self.per_channel else
+             self.in_proj.weight[self.rows["dt"]]).zero_()
+
+    @torch.no_grad()
+    def copy_attention(self, attention):
+        """Algorithm 1's weight moves: V -> x, K -> B, Q -> C, O -> out. The teacher keeps its own.
+
+        Biases move with their rows (Qwen2); a projection without one gets zeros.
+        """
+        rows = self.rows
+        moves = ((attention.v_proj, self.in_proj, rows["x"]),
+                 (attention.k_proj, self.in_proj, rows["B"]),
+                 (attention.q_proj, self.in_proj, rows["C"]),
+                 (attention.o_proj, self.out_proj, slice(None)))
+        for source, target, where in moves:
+            assert target.weight[where].shape == source.weight.shape
+            target.weight[where] = source.weight
+            if source.bias is not None:
+                target.bias[where] = source.bias
+
+    def allocate(self, b, slots, like):
+        """An empty MixerState for b rows. like: device and dtype of the activations"""
+        wide = dict(like, dtype=torch.promote_types(like["dtype"], torch.float32))
+        per_head = self.N if self.per_channel else 1
+        gx = self.H if self.per_channel else self.G
+        return MixerState(torch.zeros(b, self.H, self.N, self.N, **wide),
+                          torch.zeros(b, slots, gx, self.N, **like),
+                          torch.zeros(b, slots, self.H, per_head, **wide),
+                          torch.zeros(b, slots, self.G, self.N, **like),
+                          torch.zeros(b, slots, self.d_convolved, **like))
+
+    def heads_of(self, proj, convolved, position_embeddings):
+        """Cut projections into heads, with RoPE and attention's scale.
+
+        proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
+        """
+        b, l, _ = proj.shape
+        if self.per_channel:
+            x, B, C = convolved, proj[..., self.rows["B"]], proj[..., self.rows["C"]]
+        else:
+            x, B, C = convolved.split([self.d_xb, self.d_xb, self.d_inner], -1)
+        B, C = (v.unflatten(-1, (-1, self.head_dim)) for v in (B, C))
+        if self.config.rope:
+            cos, sin = position_embeddings
+            B, C = apply_rope(B, cos, sin), apply_rope(C, cos, sin)
+        if self.config.scale_c:
+            C = C * self.head_dim ** -0.5
+        return (x.reshape(b, l, -1, self.N), B.reshape(b, l, -1, self.N),
+                C.reshape(b, l, -1, self.N))
+
+    def conv_input(self, proj):
+        """What goes through the convolution: Mamba x with heads repeated, Mamba2 x, B, C."""
+        if not self.per_channel:
+            return proj[..., self.rows["x"].start: self.rows["C"].stop]
+        x = proj[..., self.rows["x"]].unflatten(-1, (-1, self.N))
+        return expand_groups(x, self.H, self.runs).flatten(-2)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None,
+                past_key_values=None, token_mask=None, **kwargs):
+        """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None) as attention does."""
+        cache, config = past_key_values, self.config
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        proj = self.in_proj(hidden_states)                                     # (b,l,rows)
+        if token_mask is not None:                  # padding: nothing enters the convolution
+            proj = proj * token_mask[..., None].to(proj.dtype)
+        dt = proj[..., self.rows["dt"]]
+        dt = (self.dt_proj(dt) if self.per_channel else dt).unflatten(-1, (self.H, -1))
+        dt_bias = self.dt_bias.to(wide).view(self.H, -1)                       # (H,p')
+        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)           # (H,p',n')
+        D = self.D.to(wide).view(self.H, -1) if config.skip is not None else None
+        z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (self.H, -1))
+        raw = self.conv_input(proj)
+        act = config.conv == "default"
+        if cache is not None and cache.columns > 0:                            # decoding
+            layer = cache.layers[self.layer_idx]
+            convolved = raw if config.conv == "none" else conv_step(
+                raw, self.conv1d.weight[:, 0], self.conv1d.bias, layer.ring_u, cache.counts,
+                cache.n_valid, act)
+            x, B, C = self.heads_of(proj, convolved, position_embeddings)
+            y = multi_step(x, dt, B, C, A, dt_bias, D, z, layer.state, layer.ring_x,
+                           layer.ring_dt, layer.ring_B, cache.counts, cache.n_valid,
+                           cache.ring, self.runs)
+        else:
+            convolved = raw
+            if config.conv != "none":
+                convolved = self.conv1d(raw.transpose(1, 2))[..., : raw.shape[1]].transpose(1, 2)
+                convolved = F.silu(convolved) if act else convolved
+            x, B, C = self.heads_of(proj, convolved, position_embeddings)
+            delta = F.softplus(dt.to(wide) + dt_bias)                          # (b,l,H,p')
+            if token_mask is not None:              # padding: no write, no decay
+                delta = delta * token_mask[..., None, None]
+            x, B = (expand_groups(v, self.H, self.runs) for v in (x, B))
+            y, state = chunked_scan(x, delta, A, B, C)                         # (b,l,H,P)
+            if D is not None:
+                y = y + (D * x).to(y.dtype)
+            if z is not None:
+                y = y * F.silu(z)
+            if cache is not None:                                              # prefill
+                self.remember(cache, state, raw)
+        y = y.flatten(-2)                                                      # (b,l,d_inner)
+        if config.norm:
+            heads = y.unflatten(-1, (-1, self.head_dim)).to(wide)
+            y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
+        return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def remember(self, cache, state, raw):
+        """After prefill: the final state, and the last raw inputs for the convolution's window."""
+        layer, l = cache.layers[self.layer_idx], raw.shape[1]
+        layer.state.copy_(state)
+        n = min(self.d_conv - 1, l)
+        slots = cache.n_valid.long()[:, None] - n + torch.arange(n, device=raw.device)   # (b,n)
+        rows = torch.arange(raw.shape[0], device=raw.device)[:, None]
+        layer.ring_u[rows, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The hybrid: the teacher's network with some attention layers replaced (Algorithm 1).
+# ---------------------------------------------------------------------------------------------
+
+
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model of attention and Mamba layers, at home in transformers.
+
+    Names follow the teacher's (model.layers.i.mlp...); a mixer stands at layers.i.self_attn.
+    """
+
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _is_stateful = True                # transformers then refuses to "rewind" us by cropping
+    _supports_sdpa = True
+    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config.teacher_config(),
+                                           attn_implementation=config._attn_implementation)
+        for i, layer in enumerate(self.model.layers):
+            if i not in config.attn_layers:
+                layer.self_attn = Mixer(config, i)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        for mixer in self.mixers().values():    # after transformers' own initialisation
+            mixer.init_parameters()
+
+    def mixers(self):
+        """{layer index: Mixer} of the converted layers."""
+        return {i: layer.self_attn for i, layer in enumerate(self.model.layers)
+                if isinstance(layer.self_attn, Mixer)}
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None,
+                labels=None, logits_to_keep=0, **kwargs):
+        """Logits, and with labels (b,l; shifted inside, -100 ignored) the mean cross-entropy.
+
+        With a cache, an empty one takes the prompt and one that holds a prompt takes the next
+        tokens, committed at once: this is what `generate()` does.
+
+        input_ids (b,l)  attention_mask (b,l) -> .logits (b,l or logits_to_keep,vocab)
+        """
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = MixerCache.allocate(self, input_ids.shape[0])
+        if cache is None:
+            hidden = hidden_states(self, input_ids, attention_mask, **kwargs)
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        elif cache.columns == 0:
+            logits = self.prefill(input_ids, cache, attention_mask, logits_to_keep)
+        else:
+            cache.columns += input_ids.shape[1]
+            logits = self.decode(input_ids, cache)[:, -logits_to_keep:]
+            cache.commit(cache.counts[2].clone())
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    prefill = prefill
+    decode = decode
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None,
+                                      **kwargs):
+        """Called by generate() before each step: only the columns the cache has not seen."""
+        seen = past_key_values.columns if past_key_values is not None else 0
+        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
+                    attention_mask=attention_mask, logits_to_keep=1)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode,
+                                      batch_size, max_cache_length, *args):
+        """Called by generate(): a MixerCache of the right size instead of transformers' own."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            copies = max(generation_config.num_beams or 1,
+                         generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = MixerCache.allocate(
+                self, batch_size * copies, max_cache_length + 1, ring=1)
+
+
+AutoConfig.register("mamba_in_llama", HybridConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+HybridConfig.register_for_auto_class()
+HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def check_teacher(teacher, d_state):
+    """Raise ValueError, in one line, for a teacher whose attention Algorithm 1 does not cover."""
+    layers = getattr(getattr(teacher, "model", None), "layers", None)
+    require(layers is not None and len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
+    for i, layer in enumerate(layers):
+        names = {n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children()}
+        require(names == {"q_proj", "k_proj", "v_proj", "o_proj"}, f"layer {i} of "
+                f"{type(teacher).__name__}: attention with {sorted(names)}, but only q_proj, "
+                "k_proj, v_proj, o_proj can be converted")
+    c, head_dim = teacher.config, layers[0].self_attn.head_dim
+    G = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    require(c.num_attention_heads % G == 0,
+            f"{c.num_attention_heads} query heads do not divide into {G} key/value heads")
+    require(d_state is None or 1 <= d_state <= head_dim and head_dim % d_state == 0,
+            f"d_state {d_state} does not divide the head dimension {head_dim}")
+
+
+@torch.no_grad()
+def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_linear",
+                      d_state=None, **switches):
+    """Algorithm 1: a hybrid with the teacher's weights; the teacher is left untouched.
+
+    teacher: a transformers decoder with q/k/v/o projections (Llama, Mistral, Qwen2).
+    attn_layers: indices that stay attention (default the odd ones). recipe: see RECIPES, each
+    field of which can be overridden as a keyword. d_state: None or a divisor of head_dim.
+    Raises ValueError for anything that does not fit.
+    """
+    require(mixer in ("mamba", "mamba2"), f"mixer {mixer!r} is neither 'mamba' nor 'mamba2'")
+    require(recipe in RECIPES, f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    unknown = set(switches) - set(HybridConfig.__annotations__)
+    require(not unknown, f"unknown switches {sorted(unknown)}")
+    check_teacher(teacher, d_state)
+    L = len(teacher.model.layers)
+    keep = list(range(1, L, 2)) if attn_layers is None else [int(i) for i in attn_layers]
+    require(all(0 <= i < L for i in keep), f"attention layers {keep}: indices must be in 0..{L - 1}")
+    require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
+    fields = {**RECIPES[recipe], **switches}
+    fields["norm"] = fields["norm"] and mixer == "mamba2"       # Mamba has no such norm
+    config = HybridConfig(**{k: v for k, v in teacher.config.to_dict().items()
+                             if k not in ("model_type", "architectures", "dtype")},
+                          teacher_type=teacher.config.model_type, attn_layers=sorted(keep),
+                          mixer=mixer, recipe=recipe, d_state=d_state, **fields)
+    weight = teacher.get_input_embeddings().weight
+    config._attn_implementation = "eager" if teacher.config._attn_implementation == "eager" else "sdpa"
+    student = HybridForCausalLM(config).to(weight.dtype)
+    for name, target in student.named_parameters():             # fp32 whatever the teacher is
+        if name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict:
+            target.data = target.data.to(torch.promote_types(weight.dtype, torch.float32))
+    theirs = dict(teacher.named_parameters())
+    for name, ours in student.named_parameters():
+        if name in theirs:
+            ours.copy_(theirs[name])
+    for i, new in student.mixers().items():
+        new.init_parameters()                                   # again, now in the final dtype
+        if config.attn_init:
+            new.copy_attention(teacher.model.layers[i].self_attn)
+    student.generation_config = teacher.generation_config
+    return student.to(weight.device).train(teacher.training)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Losses: Eq. 2 (CE + KL) and Eq. 4 (DPO). Free functions; logits at t predict token t + 1.
+# ---------------------------------------------------------------------------------------------
+
+
+def token_losses(student_logits, teacher_logits, targets):
+    """Cross-entropy and KL[teacher || student] of each token, in nats, at least fp32.
+
+    logits (n,V) (teacher's may be None: KL 0)  targets (n,) -> ce (n,), kl (n,)
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    log_s = student_logits.to(wide).log_softmax(-1)
+    ce = F.nll_loss(log_s, targets, reduction="none")
+    if teacher_logits is None:
+        return ce, torch.zeros_like(ce)
+    log_t = teacher_logits.to(wide).log_softmax(-1)
+    return ce, (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.1):
+    """Eq. 2: alpha * CE on the pseudo-labels + beta * KL[p_T || p_S], mean over labelled tokens.
+
+    labels as transformers has them (shifted inside, -100 ignored); 0 if there are none. The
+    authors' code sums the KL over all positions, padding too; here both are per labelled token.
+
+    logits (b,l,V)  labels (b,l) -> loss (), {"ce", "kl", "tokens"}
+    """
+    keep = labels[:, 1:] != -100
+    ce, kl = token_losses(student_logits[:, :-1][keep], teacher_logits[:, :-1][keep],
+                          labels[:, 1:][keep])
+    n = keep.sum().clamp(min=1)
+    ce, kl = ce.sum() / n, kl.sum() / n
+    return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": keep.sum()}
+
+
+def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=1024):
+    """`token_losses` from hidden states: logits exist for `chunk` labelled tokens at a time.
+
+    Logits are made again in the backward pass, so memory is chunk x V, not tokens x V. Labels on
+    the CPU spare a CUDA run the synchronisation of looking which tokens are labelled.
+
+    hidden (b,l,D)  head (V,D)  labels (b,l) -> ce (n,), kl (n,), rows (n,) of the batch
+    """
+    where = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
+    targets = labels[:, 1:].flatten()[where].to(hidden.device)
+    rows = (where // (labels.shape[1] - 1)).to(hidden.device)
+    where = where.to(hidden.device)
+
+    def losses(h, head, t, teacher_head, y):
+        return token_losses(h @ head.T, None if t is None else t @ teacher_head.T, y)
+
+    h = hidden[:, :-1].flatten(0, 1)[where]
+    t = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1)[where]
+    parts = [checkpoint(losses, h[i:i + chunk], head, None if t is None else t[i:i + chunk],
+                        teacher_head, targets[i:i + chunk], use_reentrant=False)
+             for i in range(0, max(len(h), 1), chunk)]
+    ce, kl = (torch.cat(column) for column in zip(*parts))
+    return ce, kl, rows
+
+
+def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
+                              alpha=1.0, beta=0.1, chunk=1024):
+    """Eq. 2 from hidden states (b,l,D) and head weights (V,D): `distillation_loss`'s twin."""
+    ce, kl, _ = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
+                                     teacher_head, chunk)
+    n = max(len(ce), 1)
+    ce, kl = ce.sum() / n, kl.sum() / n
+    return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
+
+
+def sequence_logps(logits, labels):
+    """Sum of log p over the labelled tokens of each row. logits (b,l,V), labels (b,l) -> (b,)"""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    keep = labels[:, 1:] != -100
+    logps = logits[:, :-1].to(wide).log_softmax(-1)
+    picked = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (picked * keep).sum(-1)
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
+    """Eq. 4: -log sigmoid(beta [log p_S(y_w)/p_T(y_w) - log p_S(y_l)/p_T(y_l)]), unreduced.
+
+    The arguments are `sequence_logps`; the reference is the teacher, as the paper has it.
+
+    four times (b,) -> losses (b,), chosen_rewards (b,), rejected_rewards (b,)
+    """
+    chosen = beta * (policy_chosen - reference_chosen)
+    rejected = beta * (policy_rejected - reference_rejected)
+    return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Evaluation.
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
+    """How far the student is from its teacher on held-out text.
+
+    Every position t >= max(prefix_len, 1), predicted from t - 1, counts, unless `labels` (n,l)
+    says which. perplexity = exp(mean nats), ratio = student / teacher, kl in nats per token,
+    agreement = share of positions where both would say the same word.
+
+    tokens (n,l) -> {"perplexity", "teacher_perplexity", "ratio", "kl", "agreement"}
+    """
+    if labels is None:
+        labels = tokens.clone()
+        labels[:, :prefix_len] = -100
+    device, totals = student.get_input_embeddings().weight.device, torch.zeros(5)
+    modes = [(m, m.training) for m in (student, teacher)]
+    for m, _ in modes:
+        m.eval()
+    heads = [m.get_output_embeddings().weight for m, _ in modes]
+    for i in range(0, len(tokens), batch_size):
+        part = labels[i:i + batch_size]
+        with autocast(device):
+            s, t = (hidden_states(m, tokens[i:i + batch_size].to(device))[:, :-1] for m, _ in modes)
+            keep = (part[:, 1:] != -100).to(device)
+            y = part[:, 1:].to(device)[keep]
+            for s, t, y in zip(s[keep].split(1024), t[keep].split(1024), y.split(1024)):
+                s, t = s @ heads[0].T, t @ heads[1].T
+                ce, kl = token_losses(s, t, y)
+                ce_t, _ = token_losses(t, None, y)
+                agree = s.argmax(-1) == t.argmax(-1)
+                totals += torch.stack([v.double().sum() for v in (ce, ce_t, kl, agree)] +
+                                      [torch.tensor(float(len(y)), device=device)]).cpu()
+    for m, training in modes:
+        m.train(training)
+    nats, teacher_nats, kl, agreement, _ = (totals / totals[-1].clamp(min=1)).tolist()
+    return {"perplexity": math.exp(nats), "teacher_perplexity": math.exp(teacher_nats),
+            "ratio": math.exp(nats - teacher_nats), "kl": kl, "agreement": agreement}
+
+
+def autocast(device):
+    """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. Training: one loop for alignment and the three stages.
+# ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Where a run stands, on disk: written atomically, so a kill loses the last part-step at most.
+
+    SIGTERM and Ctrl-C finish the step in progress, write, and stop with exit code 3.
+    """
+
+    def __init__(self, folder=None, every=60.0, resume=False):
+        self.path = folder and os.path.join(folder, "progress.pt")
+        self.every, self.written, self.stop = every, time.monotonic(), False
+        self.state = {"finished": [], "report": {}}
+        if resume:
+            require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
+            self.state = torch.load(self.path, map_location="cpu", weights_only=True)
+        if self.path:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, *_):
+        self.stop = True
+
+    def due(self):
+        """Is it time to write?"""
+        return bool(self.path) and (self.stop or time.monotonic() - self.written > self.every)
+
+    def write(self, **changes):
+        """Put the state and `changes` to disk; stop the program if a signal asked for it."""
+        self.state.update(changes)
+        if self.path:
+            torch.save(self.state, self.path + ".tmp")
+            os.replace(self.path + ".tmp", self.path)
+            self.written = time.monotonic()
+        if self.stop:
+            print(f"stopped; go on with --resume ({self.path})", file=sys.stderr)
+            sys.exit(3)
+
+
+def batch_rows(n, batch_size, step, seed=0):
+    """The rows of one step: shuffled epochs; depends on (seed, step) alone, so runs resume.
+
+    -> (batch_size,) indices into 0..n-1
+    """
+    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n
+    order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(
+        seed * 1_000_003 + epoch)) for epoch in range(first, last + 1)])
+    start = step * batch_size - first * n
+    return order[start:start + batch_size]
+
+
+def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
+          tokens_per_step=0, progress=None):
+    """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
+
+    loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given.
+    A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
+
+    -> list of (step, loss)
+    """
+    progress, history, first, spent = progress or Progress(), [], 0, 0.0
+    for p in student.parameters():
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
+                                  fused=device.type == "cuda")
+    if progress.state.get("stage") == name:                                    # go on inside
+        optimizer.load_state_dict(progress.state["optimizer"])
+        first, history, spent = (progress.state[k] for k in ("step", "history", "spent"))
+    start = time.monotonic() - spent
+    bar = tqdm(total=steps, initial=first, desc=f"{name:<10}", unit="step", leave=False,
+               disable=None if sys.stderr.isatty() else True)
+    losses = []
+    for step in range(first, steps):
+        share = step / steps if seconds is None else (time.monotonic() - start) / seconds
+        if share >= 1:
+            break
+        ramp = min(1.0, (step + 1) / max(1, warmup * steps)) if seconds is None else min(
+            1.0, share / warmup + 1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * share))
+        loss = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        losses.append(loss.detach())
+        # on CUDA looking at the loss waits for the device, so look at ten at a time
+        look = device.type == "cpu" or step % 10 == 9 or step == steps - 1 or progress.due()
+        if look:
+            values = torch.stack(losses).tolist()
+            if not all(map(math.isfinite, values)):
+                raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1} of "
+                                         f"{steps}; the last good checkpoint stands")
+            history += zip(range(step + 1 - len(values), step + 1), values)
+            losses = []
+            rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
+            bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
+        optimizer.step()
+        bar.update()
+        if look and progress.due():
+            progress.write(stage=name, step=step + 1, history=history, student=student.state_dict(),
+                           optimizer=optimizer.state_dict(), spent=time.monotonic() - start)
+    bar.close()
+    student.requires_grad_(True)
+    return history
+
+
+def mixer_parameters(student):
+    """What stage 1 trains: the new mixers, nothing else."""
+    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
+
+
+def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
+    """Stage 0: every mixer learns the teacher's attention output from the teacher's input.
+
+    All layers at once, the teacher runs once per step and the student's trunk not at all; the
+    loss is the mean over layers of |mixer - attention|^2 / |attention|^2.
+
+    tokens (n,l) -> list of (step, loss)
+    """
+    mixers, seen = student.mixers(), {}
+    device = student.get_input_embeddings().weight.device
+
+    def keep(i):
+        def hook(module, args, kwargs, output):
+            seen[i] = kwargs["hidden_states"], kwargs["position_embeddings"], output[0]
+        return hook
+
+    def loss_of_step(step):
+        rows = batch_rows(len(tokens), batch_size, step)
+        with autocast(device):
+            with torch.no_grad():
+                hidden_states(teacher, tokens[rows].to(device))
+            loss = 0.0
+            for i, mixer in mixers.items():
+                u, rope, wanted = seen[i]
+                y = mixer(u, position_embeddings=rope)[0].float()
+                loss = loss + (y - wanted).pow(2).sum() / wanted.float().pow(2).sum()
+        return loss / max(1, len(mixers))
+
+    if not mixers or steps == 0:
+        return []
+    hooks = [teacher.model.layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True)
+             for i in mixers]
+    try:
+        return train("alignment", student, mixer_parameters(student), loss_of_step, steps, lr,
+                     tokens_per_step=batch_size * tokens.shape[1], **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3, alpha=1.0,
+           beta=0.1, only_mixers=False, **options):
+    """Stages 1 and 2: Eq. 2 on labelled tokens; beta = 0 is plain supervised fine-tuning.
+
+    tokens, labels (n,l) -> list of (step, loss)
+    """
+    device, head = student.get_input_embeddings().weight.device, student.get_output_embeddings()
+
+    def loss_of_step(step):
+        rows = batch_rows(len(tokens), batch_size, step)
+        batch = tokens[rows].to(device)
+        with autocast(device):
+            t = None
+            if beta:
+                with torch.no_grad():
+                    t = hidden_states(teacher, batch)
+            return chunked_distillation_loss(
+                hidden_states(student, batch), t, head.weight,
+                teacher.get_output_embeddings().weight, labels[rows], alpha, beta)[0]
+
+    parameters = mixer_parameters(student) if only_mixers else list(student.parameters())
+    return train(name, student, parameters, loss_of_step, steps, lr,
+                 tokens_per_step=batch_size * tokens.shape[1], **options)
+
+
+def preference_logps(model, tokens, labels):
+    """`sequence_logps` without ever holding all logits. tokens, labels (b,l) -> (b,)"""
+    ce, _, rows = chunked_token_losses(hidden_states(model, tokens),
+                                       model.get_output_embeddings().weight, labels)
+    return torch.zeros(len(tokens), dtype=ce.dtype, device=ce.device).index_add(0, rows, -ce)
+
+
+def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0.1, **options):
+    """Stage 3: Eq. 4 with the teacher as reference. chosen, rejected: (tokens, labels), (n,l)
+
+    -> list of (step, loss)
+    """
+    device = student.get_input_embeddings().weight.device
+
+    def loss_of_step(step):
+        rows = batch_rows(len(chosen[0]), batch_size, step)
+        pairs = [(tokens[rows].to(device), labels[rows]) for tokens, labels in (chosen, rejected)]
+        with autocast(device):
+            with torch.no_grad():
+                reference = [preference_logps(teacher, *pair) for pair in pairs]
+            policy = [preference_logps(student, *pair) for pair in pairs]
+        return dpo_loss(*policy, *reference, beta)[0].mean()
+
+    return train("stage 3", student, list(student.parameters()), loss_of_step, steps, lr,
+                 tokens_per_step=2 * batch_size * chosen[0].shape[1], **options)
+
+
+@torch.no_grad()
+def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
+    """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
+    device, right = student.get_input_embeddings().weight.device, 0
+    for i in range(0, len(chosen[0]), batch_size):
+        margin = 0
+        for (tokens, labels), sign in ((chosen, 1), (rejected, -1)):
+            tokens, labels = tokens[i:i + batch_size].to(device), labels[i:i + batch_size]
+            with autocast(device):
+                margin = margin + sign * (preference_logps(student, tokens, labels)
+                                          - preference_logps(teacher, tokens, labels))
+        right += int((margin > 0).sum())
+    return right / max(1, len(chosen[0]))
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. Data: chat turns to (tokens, labels); the teacher's own answers; the tiny world.
+# ---------------------------------------------------------------------------------------------
+
+JSONL_ROWS = {"prompts": ({"prompt"},), "sft": ({"prompt", "response"}, {"messages"}),
+              "preferences": ({"prompt", "chosen", "rejected"},)}
+
+
+def read_jsonl(path, kind):
+    """Rows of a JSONL file of `kind` (see JSONL_ROWS); ValueError names the file and the line."""
+    require(os.path.isfile(path), f"{path}: no such file")
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            fits = isinstance(row, dict) and any(
+                keys <= row.keys() and all(row[k] for k in keys) for keys in JSONL_ROWS[kind])
+            require(fits, f"{path}:{number}: a row of {kind} needs " + " or ".join(
+                "{" + ", ".join(sorted(keys)) + "}" for keys in JSONL_ROWS[kind]))
+            rows.append(row)
+    require(rows, f"{path}: no rows")
+    return rows
+
+
+class Chat:
+    """How a tokenizer writes turns, read off its chat template; everything in token ids."""
+
+    def __init__(self, tokenizer):
+        require(tokenizer.chat_template, "the tokenizer has no chat template")
+        self.tokenizer, mark = tokenizer, "@@@"
+        user = self.render([{"role": "user", "content": mark}])
+        both = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
+        asked = self.render([{"role": "user", "content": mark}], add_generation_prompt=True)
+        self.user_start = self.ids(user.split(mark)[0])         # all before a first user message
+        self.answer_start = self.ids(asked[len(user):])         # the header of an answer
+        self.end = self.ids(both.split(mark)[1])[0]             # the token that ends an answer
+
+    def render(self, messages, **kwargs):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, text):
+        """The ids of a user's message, ready to be answered."""
+        return self.ids(self.render([{"role": "user", "content": text}],
+                                    add_generation_prompt=True))
+
+    def label(self, tokens):
+        """Labels for the answers in `tokens` (n,l), found by their header; -100 elsewhere."""
+        labels, header = torch.full_like(tokens, -100), torch.tensor(self.answer_start)
+        found = (tokens.unfold(1, len(header), 1) == header).all(-1)           # (n,l-header+1)
+        for row, start in found.nonzero().tolist():
+            first = start + len(header)
+            ends = (tokens[row, first:] == self.end).nonzero()
+            last = first + int(ends[0]) + 1 if len(ends) else tokens.shape[1]
+            labels[row, first:last] = tokens[row, first:last]
+        return labels
+
+    def pack(self, pairs, length):
+        """(prompt ids, answer ids) -> tokens, labels (n,l): padded on the right, cut at `length`.
+
+        Right padding is never attended to by what counts and carries no label.
+        """
+        pairs = [(list(p), list(a)) for p, a in pairs]
+        l = min(length, max(len(p) + len(a) for p, a in pairs))
+        tokens = torch.full((len(pairs), l), self.end)
+        labels = torch.full((len(pairs), l), -100)
+        for i, (p, a) in enumerate(pairs):
+            row = torch.tensor(p + a)[:l]
+            tokens[i, :len(row)] = row
+            labels[i, len(p):len(row)] = row[len(p):]
+        return tokens, labels
+
+
+@torch.no_grad()
+def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50, seed=0,
+           name="sampling"):
+    """The model's own continuations of `prompts` (lists of ids), up to and with `end` (or None).
+
+    -> list of lists of ids, without the prompts
+    """
+    device, answers = model.get_input_embeddings().weight.device, []
+    torch.manual_seed(seed)
+    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k,
+                                max_new_tokens=n_new, eos_token_id=end, pad_token_id=0)
+    for i in tqdm(range(0, len(prompts), batch_size), desc=f"{name:<10}", unit="batch",
+                  leave=False, disable=None if sys.stderr.isatty() else True):
+        part = prompts[i:i + batch_size]
+        l = max(map(len, part))
+        tokens = torch.tensor([[0] * (l - len(p)) + list(p) for p in part], device=device)
+        mask = torch.tensor([[0] * (l - len(p)) + [1] * len(p) for p in part], device=device)
+        out = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, l:]
+        for row in out.tolist():
+            answers.append(row[:row.index(end) + 1] if end in row else row)
+    return answers
+
+
+def tiny_world(seconds_left=None):
+    """A tokenizer, question/answer pairs and a teacher from text that ships with Python.
+
+    The text is `pydoc_data.topics` (Python's own help pages). A question is the beginning of a
+    paragraph, the answer its rest: honest continuation data, not conversation.
+
+    -> tokenizer, pairs [(question, answer)], text
+    """
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    text = "\n".join(topics[k] for k in sorted(topics))
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
+    core.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=512, special_tokens=marks, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
+                                        pad_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    pairs = []
+    for paragraph in text.split("\n\n"):
+        words = paragraph.split()
+        if len(words) >= 20:
+            pairs.append((" ".join(words[:8]), " ".join(words[8:48])))
+    return tokenizer, pairs
+
+
+def tiny_teacher(vocab_size, tokens, steps=400, length=128, lr=0.02):
+    """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
+
+    tokens (n,): one long text, cut at random -> LlamaForCausalLM
+    """
+    from transformers import LlamaConfig
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
+    matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
+                  torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
+    draw = torch.Generator().manual_seed(0)
+    bar = tqdm(range(steps), desc="teacher   ", unit="step", leave=False,
+               disable=None if sys.stderr.isatty() else True)
+    for step in bar:
+        starts = torch.randint(len(tokens) - length, (8,), generator=draw)
+        batch = torch.stack([tokens[i:i + length] for i in starts])
+        loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        for optimizer, top in zip(optimizers, (lr, lr / 4)):
+            for group in optimizer.param_groups:
+                group["lr"] = top * min(1.0, 2 * (1 - step / steps))
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {loss:.3f}")
+    return teacher.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# 11. The command line: convert, align, three stages, evaluate after each, save, reload.
+# ---------------------------------------------------------------------------------------------
+
+# name of the stage: (share of the budget, learning rate as a multiple of --lr)
+STAGES = {"alignment": (0.15, 1.0), "stage 1": (0.25, 1.0), "stage 2": (0.55, 0.5),
+          "stage 3": (0.05, 0.02)}
+
+
+@dataclass
+class Data:
+    """Everything a story trains and is judged on; pairs are (tokens, labels), each (n,l)."""
+
+    train: tuple                       # the teacher's own answers (pseudo-labels)
+    heldout: tuple                     # the same, never trained on
+    sft: tuple = None                  # stage 2's answers; None: the pseudo-labels again
+    human: tuple = None                # held-out answers that people wrote
+    chosen: tuple = None               # stage 3: preferred answers, held-out pairs at the end
+    rejected: tuple = None
+    questions: list = field(default_factory=list)      # held-out prompts (ids) to show
+    prompts: list = field(default_factory=list)        # prompts (ids) for the student's answers
+
+
+def attention_layers(share, L):
+    """round(share L) of L layers, evenly spaced: the last of each equal part. -> indices"""
+    require(0 <= share <= 1, f"attention share {share} is outside 0..1")
+    n = round(share * L)
+    return [math.ceil((i + 1) * L / n) - 1 for i in range(n)]
+
+
+def report(rows, name, student, teacher, data, seconds, eval_rows):
+    """Evaluate, remember and return one row of the final table."""
+    tokens, labels = (v[:eval_rows] for v in data.heldout)
+    row = {"stage": name, **evaluate(student, teacher, tokens, labels=labels), "seconds": seconds}
+    if data.human:
+        tokens, labels = (v[:eval_rows] for v in data.human)
+        row["human_ratio"] = evaluate(student, teacher, tokens, labels=labels)["ratio"]
+    rows.append(row)
+    print(f"  {name:<10} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
+          f"{row['agreement']:5.1%}" + (f"   human text {row['human_ratio']:7.3f}"
+                                        if data.human else "") + f"   {seconds:6.1f} s", flush=True)
+    return row
+
+
+def story(teacher, chat, data, args, mixer, progress, shares):
+    """One student from conversion to stage 3, evaluated after each step.
+
+    shares: attention shares to go through (stepwise replacement); the last one stays.
+    -> student, list of report rows
+    """
+    rows, finished = progress.state.setdefault("rows", []), progress.state["finished"]
+    L, n_train = len(teacher.model.layers), len(data.train[0])
+    student, length = None, data.train[0].shape[1]
+    for share in shares:
+        keep = attention_layers(share, L)
+        print(f"{mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
+        start, older = time.monotonic(), student
+        student = convert_to_hybrid(teacher, keep, mixer, args.recipe, args.d_state)
+        if older is not None:                       # stepwise: keep what is already distilled
+            known = {k: v for k, v in older.state_dict().items() if k in student.state_dict()}
+            student.load_state_dict(known, strict=False)
+        if progress.state.get("share") == share and "student" in progress.state:
+            student.load_state_dict(progress.state["student"])
+        tag = f" at {share:.0%}" if len(shares) > 1 else ""
+
+        def run(stage, work, **settings):
+            """One stage unless it is done: its share of the budget, then a row of the table."""
+            part, scale = STAGES[stage]
+            begin, batch = time.monotonic(), settings.setdefault("batch_size", args.batch)
+            if args.minutes:
+                steps, seconds = 10 ** 9, 60 * args.minutes * part / len(shares)
+            else:
+                steps = max(1, round(args.tokens * part / len(shares) / batch / length))
+                seconds = None
+            if stage + tag not in finished:
+                progress.state["share"] = share
+                work(steps=steps, lr=args.lr * scale, seconds=seconds, progress=progress,
+                     **settings)
+                report(rows, stage + tag, student, teacher, data, time.monotonic() - begin,
+                       args.eval_rows)
+                finished.append(stage + tag)
+                progress.write(student=student.state_dict(), stage=None, optimizer=None)
+
+        if "converted" + tag not in finished:
+            report(rows, "converted" + tag, student, teacher, data, time.monotonic() - start,
+                   args.eval_rows)
+            finished.append("converted" + tag)
+        run("alignment", lambda **k: align_mixers(student, teacher, data.train[0], **k))
+        run("stage 1", lambda **k: distil("stage 1", student, teacher, *data.train,
+                                          alpha=args.alpha, beta=args.beta, only_mixers=True, **k))
+        run("stage 2", lambda **k: distil("stage 2", student, teacher, *(data.sft or data.train),
+                                          alpha=args.alpha, beta=args.beta, **k))
+    if data.chosen is None:                         # rejected: the student's own answers
+        data.chosen, data.rejected = own_preferences(student, chat, data, args)
+    cut = max(1, len(data.chosen[0]) // 8)
+    fit, judge = ([tuple(v[part] for v in side) for side in (data.chosen, data.rejected)]
+                  for part in (slice(cut, None), slice(cut)))
+    before = reward_accuracy(student, teacher, *judge)
+    run("stage 3", lambda **k: dpo(student, teacher, *fit, beta=args.dpo_beta, **k),
+        batch_size=max(1, args.batch // 2))
+    rows[-1]["reward_accuracy"] = [before, reward_accuracy(student, teacher, *judge)]
+    print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
+        *rows[-1]["reward_accuracy"]))
+    return student, rows
+
+
+def own_preferences(student, chat, data, args):
+    """Pairs for stage 3 without a file: the teacher's answer against the student's own.
+
+    -> (tokens, labels) chosen, (tokens, labels) rejected
+    """
+    length = data.train[0].shape[1]
+    prompts, answers = [], []
+    for tokens, labels in zip(*data.train):
+        where = (labels != -100).nonzero()[:, 0].tolist()
+        if where and len(prompts) < args.pairs:
+            stop = next((i for i, j in enumerate(where) if j - i != where[0]), len(where))
+            prompts.append(tokens[:where[0]].tolist())
+            answers.append(tokens[where[0]:where[0] + stop].tolist())
+    own = sample(student, prompts, min(64, length), chat.end, name="own answers")
+    return (chat.pack(zip(prompts, answers), length), chat.pack(zip(prompts, own), length))
+
+
+def tiny_data(args):
+    """The tiny teacher and everything it needs, in half a minute. -> teacher, Chat, Data"""
+    tokenizer, pairs = tiny_world()
+    chat, length = Chat(tokenizer), 128
+    held, seen = pairs[::10], [p for i, p in enumerate(pairs) if i % 10]
+    ids = [(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in seen]
+    human = [(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in held]
+    teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in ids for t in p + a]))
+    prompts, asked = [p for p, _ in ids], [p for p, _ in human]
+    answers = sample(teacher, prompts * 2, 96, chat.end, 256, name="answers")
+    heldout = sample(teacher, asked, 96, chat.end, 256, seed=1, name="held-out")
+    return teacher, chat, Data(
+        train=chat.pack(zip(prompts * 2, answers), length), human=chat.pack(human, length),
+        heldout=chat.pack(zip(asked, heldout), length), questions=asked[:2])
+
+
+def real_data(teacher, chat, args):
+    """Pseudo-labels for a real teacher: --tokens-file, answers to --prompts, or all its own.
+
+    Without files the teacher invents the user's turn too: it continues the chat template's
+    beginning, and every answer in what it writes is labelled. The last rows are held out.
+    """
+    length, device = args.length, teacher.get_input_embeddings().weight.device
+    if args.tokens_file:
+        import numpy
+        require(os.path.isfile(args.tokens_file), f"{args.tokens_file}: no such file")
+        tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))[:, :length]
+        labels = None
+    elif args.prompts:
+        prompts = [chat.prompt(r["prompt"]) for r in read_jsonl(args.prompts, "prompts")]
+        answers = sample(teacher, prompts, length - 1, chat.end, args.sample_batch)
+        tokens, labels = chat.pack(zip(prompts, answers), length)
+    else:
+        start = chat.user_start
+        rows = sample(teacher, [start] * args.rows, length - len(start), None, args.sample_batch)
+        tokens, labels = torch.tensor([start + row for row in rows]), None
+    vocab = teacher.config.vocab_size
+    require(int(tokens.max()) < vocab, f"token {int(tokens.max())} is outside the teacher's "
+            f"vocabulary of {vocab}")
+    labels = chat.label(tokens) if labels is None else labels
+    n_held = min(256, max(1, len(tokens) // 8))
+    useful = (labels != -100).any(-1)
+    parts = [tuple(v[part][useful[part]] for v in (tokens, labels))
+             for part in (slice(-n_held), slice(-n_held, None))]
+    require(len(parts[0][0]) and len(parts[1][0]), "no answers among the pseudo-labels")
+    data = Data(*parts, questions=[chat.prompt(q) for q in (
+        "What is the capital of France, and what is it known for?",
+        "Give me three tips for learning to cook.")])
+    if args.sft:
+        data.sft = chat.pack([sft_pair(row, chat) for row in read_jsonl(args.sft, "sft")], length)
+    if args.preferences:
+        rows = read_jsonl(args.preferences, "preferences")
+        data.chosen, data.rejected = (chat.pack(
+            [(chat.prompt(r["prompt"]), chat.ids(r[k]) + [chat.end]) for r in rows], length)
+            for k in ("chosen", "rejected"))
+    return data
+
+
+def sft_pair(row, chat):
+    """One SFT row -> (prompt ids, answer ids); of a conversation the last answer is learnt."""
+    if "messages" in row:
+        *before, last = row["messages"]
+        return (chat.ids(chat.render(before, add_generation_prompt=True)),
+                chat.ids(last["content"]) + [chat.end])
+    return chat.prompt(row["prompt"]), chat.ids(row["response"]) + [chat.end]
+
+
+def show_samples(student, teacher, chat, questions, n=48):
+    """Greedy answers of teacher and student side by side, unedited."""
+    settings = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=chat.end,
+                                pad_token_id=0)
+    device = student.get_input_embeddings().weight.device
+    for ids in questions:
+        tokens = torch.tensor([ids], device=device)
+        print("\nprompt  :", chat.tokenizer.decode(ids))
+        for name, model in (("teacher", teacher), ("student", student)):
+            out = model.generate(tokens, attention_mask=torch.ones_like(tokens),
+                                 generation_config=settings)[0, len(ids):]
+            print(f"{name:<8}:", chat.tokenizer.decode(out, skip_special_tokens=True).strip())
+
+
+def save(student, chat, folder):
+    """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
+    student.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+
+
+def parse_args(argv):
+    """All flags; their defaults are in --help."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="the whole story at toy size, in ./tiny_run")
+    add("--teacher", metavar="DIR_OR_NAME", help="a pretrained Llama-type chat model")
+    add("--out", metavar="DIR", help="where the student goes; must be empty unless --resume")
+    add("--attention", default="0.5", help="share of attention layers that stay, 0..1")
+    add("--mixer", default="mamba2", choices=["mamba", "mamba2"], help="kind of linear RNN")
+    add("--recipe", default="near_linear", choices=list(RECIPES), help="how mixers start")
+    add("--d-state", type=int, default=None, help="state size N; None: the head dimension")
+    add("--prompts", metavar="F.jsonl", help='rows {"prompt"}: the teacher answers these')
+    add("--sft", metavar="F.jsonl", help='rows {"prompt","response"} or {"messages"}: stage 2')
+    add("--preferences", metavar="F.jsonl", help='rows {"prompt","chosen","rejected"}: stage 3')
+    add("--tokens-file", metavar="F.npz", help="ready pseudo-labels: array `tokens` (n,l)")
+    add("--tokens", type=float, default=2e6, help="training budget, tokens over all stages")
+    add("--minutes", type=float, default=None, help="training budget, minutes (beats --tokens)")
+    add("--rows", type=int, default=1024, help="rows the teacher writes where no file is given")
+    add("--length", type=int, default=512, help="tokens per row")
+    add("--batch", type=int, default=8, help="rows per step")
+    add("--sample-batch", type=int, default=64, help="rows sampled at a time")
+    add("--pairs", type=int, default=64, help="preference pairs made where no file is given")
+    add("--eval-rows", type=int, default=32, help="held-out rows per evaluation")
+    add("--lr", type=float, default=1e-3, help="learning rate of alignment and stage 1")
+    add("--alpha", type=float, default=0.1, help="weight of the CE in Eq. 2")
+    add("--beta", type=float, default=1.0, help="weight of the KL in Eq. 2")
+    add("--dpo-beta", type=float, default=0.1, help="beta of Eq. 4")
+    add("--stepwise", action="store_true", help="halve the attention step by step")
+    add("--resume", action="store_true", help="go on where --out was interrupted")
+    add("--save-every", type=float, default=60.0, help="seconds between checkpoints")
+    add("--seed", type=int, default=0, help="seed of every draw")
+    add("--json", metavar="FILE", help="write the table as JSON")
+    args = parser.parse_args(argv)
+    try:
+        args.attention = float(args.attention)
+    except ValueError:
+        raise ValueError(f"attention share {args.attention!r} is not a number") from None
+    require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
+    require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
+    for name in ("length", "batch", "rows", "tokens", "eval_rows", "lr"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
+                "be above 0")
+    return args
+
+
+def main(argv=None):
+    """Run the command line. -> the report that --json writes"""
+    args, begin = parse_args(argv), time.monotonic()
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.tiny:
+        args.out, args.tokens, args.batch, args.lr = "tiny_run", 320_000, 8, 3e-3
+        shutil.rmtree(args.out, ignore_errors=True)
+    os.makedirs(args.out, exist_ok=True)
+    require(args.resume or not os.listdir(args.out),
+            f"{args.out} is not empty; name another directory, or --resume")
+    times, tables = {}, {}
+    progress = Progress(args.out, args.save_every, args.resume)
+    if args.tiny:
+        teacher, chat, data = tiny_data(args)
+        save(teacher, chat, os.path.join(args.out, "teacher"))
+    else:
+        teacher, chat = load_teacher(args.teacher, device)
+        cached = os.path.join(args.out, "data.pt")
+        if not os.path.exists(cached):
+            torch.save(vars(real_data(teacher, chat, args)), cached + ".tmp")
+            os.replace(cached + ".tmp", cached)
+        data = Data(**torch.load(cached))
+    times["teacher and data"] = time.monotonic() - begin
+    shares = [args.attention]
+    while args.stepwise and shares[0] < 0.5:
+        shares.insert(0, min(0.5, max(2 * shares[0], 1 / len(teacher.model.layers))))
+    for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
+        start = time.monotonic()
+        if args.tiny:
+            progress = Progress()
+        student, tables[mixer] = story(teacher, chat, data, args, mixer, progress, shares)
+        show_samples(student, teacher, chat, data.questions)
+        folder = os.path.join(args.out, mixer) if args.tiny else args.out
+        save(student, chat, folder)
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        tokens = data.heldout[0][:2]
+        with torch.no_grad():
+            same = torch.equal(again(tokens).logits, student.cpu()(tokens).logits)
+        print(f"\nsaved to {folder}; reloaded through AutoModelForCausalLM: logits "
+              + ("bit-equal" if same else "DIFFER"))
+        times[mixer] = time.monotonic() - start
+    print_tables(tables, times)
+    result = {"tables": tables, "seconds": times, "args": vars(args),
+              "versions": {"torch": torch.__version__}, "device": str(device)}
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+    return result
+
+
+def load_teacher(name, device):
+    """A pretrained decoder and its chat. Raises ValueError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        teacher = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
+    return teacher.to(device).eval(), Chat(tokenizer)
+
+
+def print_tables(tables, times):
+    """The story as one table: a line per stage, the mixers side by side."""
+    print("\nperplexity ratio, student / teacher (1 = as good), on held-out answers of the teacher")
+    human = any("human_ratio" in row for rows in tables.values() for row in rows)
+    print("and, in brackets, on text that people wrote" * human)
+    names = list(dict.fromkeys(row["stage"] for rows in tables.values() for row in rows))
+    print(f"{'stage':<18}" + "".join(f"{mixer:>22}" for mixer in tables))
+    for name in names:
+        line = f"{name:<18}"
+        for rows in tables.values():
+            row = next(r for r in rows if r["stage"] == name)
+            line += f"{row['ratio']:12.3f}" + (f"  ({row['human_ratio']:6.3f})" if human else " " * 10)
+        print(line)
+    print("time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
+
+
+def cli(run=main):
+    """Run a command line; a user's mistake ends in one line and exit code 2."""
+    try:
+        run()
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    import mamba_in_llama               # so that saved classes do not live in __main__
+    mamba_in_llama.cli()
