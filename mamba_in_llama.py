@@ -1829,8 +1829,8 @@ def tiny_teacher(vocab_size, tokens, steps=400, length=128, lr=0.02):
 # ---------------------------------------------------------------------------------------------
 
 # name of the stage: (share of the budget, learning rate as a multiple of --lr)
-STAGES = {"alignment": (0.15, 1.0), "stage 1": (0.25, 1.0), "stage 2": (0.55, 0.5),
-          "stage 3": (0.05, 0.02)}
+STAGES = {"alignment": (0.40, 1.0), "stage 1": (0.10, 0.25), "stage 2": (0.47, 0.25),
+          "stage 3": (0.03, 0.01)}
 
 
 @dataclass
@@ -2058,7 +2058,7 @@ def parse_args(argv):
     add("--sample-batch", type=int, default=64, help="rows sampled at a time")
     add("--pairs", type=int, default=64, help="preference pairs made where no file is given")
     add("--eval-rows", type=int, default=32, help="held-out rows per evaluation")
-    add("--lr", type=float, default=1e-3, help="learning rate of alignment and stage 1")
+    add("--lr", type=float, default=2e-3, help="learning rate of the alignment; see STAGES")
     add("--alpha", type=float, default=0.1, help="weight of the CE in Eq. 2")
     add("--beta", type=float, default=1.0, help="weight of the KL in Eq. 2")
     add("--dpo-beta", type=float, default=0.1, help="beta of Eq. 4")
@@ -2086,7 +2086,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.tiny:
-        args.out, args.tokens, args.batch, args.lr = "tiny_run", 320_000, 8, 3e-3
+        args.out, args.tokens, args.batch, args.lr = "tiny_run", 320_000, 8, 6e-3
         shutil.rmtree(args.out, ignore_errors=True)
     os.makedirs(args.out, exist_ok=True)
     require(args.resume or not os.listdir(args.out),
