@@ -1,0 +1,335 @@
+"""Tests of spec_decode.py: exactness first. SPEC_GRID=1 runs the whole grid of the first test."""
+
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import mamba_in_llama as M
+import spec_decode as S
+
+V = 61
+SHARES = {1.0: [0, 1, 2, 3], 0.5: [1, 3], 0.25: [2], 0.0: []}
+DRAFTS = ["itself", "plain", "hybrid", "layers", "ngram", "right", "wrong", "random"]
+_models = {}
+
+
+def toy_llama(vocab=V, layers=4, width=64, seed=0, sharp=8.0, **fields):
+    """A random Llama whose head is scaled up, so that its choices depend on the context."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, **fields))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharp)
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and "layers" in name:
+                p.mul_(4)
+    return model.eval()
+
+
+def toy(mixer, share, dtype=torch.float64, **fields):
+    """Cached toy targets: a converted toy Llama with random gates, convolutions and decays."""
+    key = mixer, share, dtype, tuple(sorted(fields.items()))
+    if key not in _models:
+        model = M.convert_to_hybrid(toy_llama(**fields).to(dtype), SHARES[share], mixer,
+                                    recipe="paper").eval()
+        _models[key] = model
+    return _models[key]
+
+
+class Scripted:
+    """A draft that knows the answer: always right, always wrong, or random."""
+
+    static = False
+
+    def __init__(self, kind, answers):
+        self.kind, self.answers = kind, answers
+
+    def start(self, target, rows, lookahead, sampling, ring):
+        self.rows, self.K, self.prompts = rows, lookahead, rows.length.tolist()
+        self.draw = random.Random(0)
+
+    def prefill(self, padded, mask):
+        pass
+
+    def propose(self):
+        out = []
+        for answer, prompt, length in zip(self.answers, self.prompts, self.rows.length.tolist()):
+            rest = answer[length - prompt:][:self.K]
+            rest = rest + [0] * (self.K - len(rest))
+            if self.kind == "wrong":
+                rest = [(t + 1) % V for t in rest]
+            if self.kind == "random":
+                rest = [t if self.draw.random() < 0.6 else self.draw.randrange(V) for t in rest]
+            out.append(rest)
+        return S.Proposal(torch.tensor(out))
+
+    def settle(self, n_accepted):
+        pass
+
+
+def draft_of(kind, target, answers):
+    if kind in ("right", "wrong", "random"):
+        return Scripted(kind, answers)
+    dtype = target.get_input_embeddings().weight.dtype
+    return {"itself": lambda: target, "plain": lambda: toy_llama(layers=2, seed=3).to(dtype),
+            "hybrid": lambda: toy("mamba2", 0.5, dtype),
+            "layers": lambda: S.LayerSubsetDraft(target, [0, 2, 3]),
+            "ngram": lambda: S.NGramDraft(2, 1)}[kind]()
+
+
+GRID = list(itertools.product(["mamba", "mamba2"], SHARES, DRAFTS, range(1, 9), [1, 4], range(1, 41)))
+SAMPLE = GRID if os.environ.get("SPEC_GRID") else random.Random(0).sample(GRID, 192)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_greedy_equals_plain_decoding(part):
+    """Every value of every axis often; end tokens taken from the middle of the plain output."""
+    for i, (mixer, share, kind, K, b, length) in enumerate(SAMPLE[part::8]):
+        draw = random.Random(hash((i, part)))
+        target = toy(mixer, share, torch.float32 if i % 4 == 0 else torch.float64)
+        torch.manual_seed(i)
+        prompts = [torch.randint(V, (length if j == 0 else draw.randint(1, 40),))
+                   for j in range(b)]
+        budget = draw.randint(1, 24)
+        plain = S.generate(target, prompts, budget)
+        answers = [t.tolist() for t in plain.tokens]
+        assert [len(a) for a in answers] == [budget] * b
+        eos = None
+        if i % 3:
+            eos = [draw.choice(draw.choice(answers)) for _ in range(i % 3)]
+            plain = S.generate(target, prompts, budget, eos_token_id=eos)
+            for answer, row in zip(answers, plain.tokens):
+                cut = next((k + 1 for k, t in enumerate(answer) if t in eos), budget)
+                assert row.tolist() == answer[:cut]
+        got = S.speculative_decode(target, draft_of(kind, target, answers), prompts, budget,
+                                   lookahead=K, eos_token_id=eos)
+        where = (mixer, share, kind, K, b, length, budget, eos)
+        assert [t.tolist() for t in got.tokens] == [t.tolist() for t in plain.tokens], where
+        assert got.rounds == 0 or 1 <= got.tokens_per_round <= K + 1
+        if kind in ("right", "itself") and eos is None and budget > K + 1:
+            assert got.rounds <= math.ceil((budget - 1) / (K + 1)), where
+        if kind == "wrong":
+            assert got.accepted == 0
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("share", SHARES)
+def test_generate_equals_forward(mixer, share):
+    """The oracle itself: argmax of a forward pass without any cache, row by row."""
+    target = toy(mixer, share)
+    prompts = [torch.randint(V, (l,)) for l in (1, 5, 23)]
+    got = S.generate(target, prompts, 12)
+    for prompt, new in zip(prompts, got.tokens):
+        text = prompt.tolist()
+        for token in new.tolist():
+            with torch.no_grad():
+                assert int(target(torch.tensor([text])).logits[0, -1].argmax()) == token
+            text.append(token)
+
+
+def test_hand_example():
+    """p says 1 2 3 4; the draft says 1 2 9 4: two stand, and the third token is the target's 3."""
+    logits = F.one_hot(torch.tensor([[1, 2, 3, 4, 5]]), 10).float()
+    n, token = S.accept(logits, S.Proposal(torch.tensor([[1, 2, 9, 4]])), S.Sampling())
+    assert (n.item(), token.item()) == (2, 3)
+    n, token = S.accept(logits, S.Proposal(torch.tensor([[1, 2, 3, 4]])), S.Sampling())
+    assert (n.item(), token.item()) == (4, 5)
+
+
+def test_warp():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    assert torch.allclose(S.warp(logits, top_k=2), torch.tensor([0.625, 0.375, 0, 0]))
+    assert torch.allclose(S.warp(logits, top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]))
+    assert torch.allclose(S.warp(logits, top_p=0.81), torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95)
+    assert torch.equal(S.warp(logits, 0), torch.tensor([1.0, 0, 0, 0]))
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert torch.allclose(S.warp(logits, 0.5), squares / squares.sum())
+
+
+def chi_square_z(seen, p):
+    """How many standard deviations the chi-square statistic lies above its mean (Wilson-Hilferty).
+
+    Cells that expect fewer than 5 draws are pooled. seen, p (cells,)
+    """
+    expected = p * seen.sum()
+    small = expected < 5
+    seen = torch.cat([seen[~small], seen[small].sum()[None]]).double()
+    expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
+    assert seen[expected == 0].sum() == 0                   # nothing outside the support
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    if len(seen) == 1:
+        return 0.0
+    df, chi = len(seen) - 1, float(((seen - expected) ** 2 / expected).sum())
+    return ((chi / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+
+
+SAMPLINGS = [dict(temperature=1.0), dict(temperature=0.6), dict(temperature=1.7),
+             dict(temperature=1.0, top_k=3), dict(temperature=1.3, top_p=0.7),
+             dict(temperature=0.8, top_k=4, top_p=0.9)]
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "subset", "ngram"])
+def test_sampled_distribution(kind, settings):
+    """20,000 draws of three tokens, the last two through rounds, against all 6^3 probabilities."""
+    vocab, draws = 6, 20_000
+    target = toy("mamba2", 0.5, torch.float32, vocab=vocab, layers=4, width=16, sharp=3.0)
+    plain = toy_llama(vocab=vocab, layers=1, width=16, seed=5, sharp=3.0)
+    draft = {"plain": plain, "hybrid": toy("mamba", 0.5, torch.float32, vocab=vocab, layers=4,
+                                           width=16, sharp=3.0),
+             "subset": S.ModelDraft(plain, torch.tensor([0, 2, 3])),
+             "ngram": S.NGramDraft(2, 1)}[kind]
+    prompt = torch.tensor([1, 4, 2, 1, 4])
+    got = S.speculative_decode(target, draft, prompt.expand(draws, -1), 3, lookahead=2,
+                               generator=torch.Generator().manual_seed(1), **settings)
+    words = torch.cartesian_prod(*[torch.arange(vocab)] * 3)                    # (216,3)
+    with torch.no_grad():
+        logits = target(torch.cat([prompt.expand(len(words), -1), words], 1)).logits[:, 4:7]
+    p = S.warp(logits, **settings).gather(2, words[..., None])[..., 0].prod(1)
+    cell = torch.stack(got.tokens) @ torch.tensor([vocab ** 2, vocab, 1])
+    assert chi_square_z(cell.bincount(minlength=vocab ** 3), p) < 3.5
+    assert got.accepted > 0 and got.accepted < got.drafted
+
+
+def test_plain_sampling_distribution():
+    """generate() draws from the same distribution; end tokens and budgets hold when sampling."""
+    target = toy("mamba2", 0.5, torch.float32, vocab=6, layers=4, width=16, sharp=3.0)
+    got = S.generate(target, torch.tensor([[1, 2]]).expand(20_000, -1), 2, temperature=0.9,
+                     generator=torch.Generator().manual_seed(0))
+    words = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    with torch.no_grad():
+        logits = target(torch.cat([torch.tensor([[1, 2]]).expand(36, -1), words], 1)).logits[:, 1:3]
+    p = S.warp(logits, 0.9).gather(2, words[..., None])[..., 0].prod(1)
+    cell = torch.stack(got.tokens) @ torch.tensor([6, 1])
+    assert chi_square_z(cell.bincount(minlength=36), p) < 3.5
+    got = S.speculative_decode(target, S.NGramDraft(1, 1), torch.tensor([[1, 2]]).expand(64, -1), 20,
+                               temperature=1.5, eos_token_id=[3, 5])
+    for row in got.tokens:
+        ends = [i for i, t in enumerate(row.tolist()) if t in (3, 5)]
+        assert (ends == [len(row) - 1]) if ends else len(row) == 20
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("share", SHARES)
+def test_state_after_rejection(mixer, share):
+    """After rounds with rejected tokens, logits and states are those of a fresh run."""
+    target, draw = toy(mixer, share), random.Random(1)
+    tokens = torch.randint(V, (3, 60))
+    cache = M.MixerCache.allocate(target, 3, 80, ring=8)
+    target.prefill(tokens[:, :5], cache)
+    at = torch.tensor([5, 5, 5])
+    for _ in range(9):                                      # rows accept different counts
+        n = torch.tensor([draw.randint(0, 5) for _ in range(3)])
+        block = torch.randint(V, (3, 5))
+        for i in range(3):
+            block[i, :n[i]] = tokens[i, at[i]:at[i] + n[i]]
+        target.decode(block, cache)
+        cache.commit(n)
+        at += n
+    assert cache.length.tolist() == at.tolist()
+    probe = torch.randint(V, (3, 2))
+    logits = target.decode(probe, cache)
+    for _ in range(2):                                      # push everything out of the ring
+        cache.commit(cache.counts[2].clone())
+        target.decode(torch.zeros(3, 8, dtype=torch.long), cache)
+    for i in range(3):
+        fresh = M.MixerCache.allocate(target, 1, 80, ring=8)
+        target.prefill(tokens[i:i + 1, :at[i]], fresh)
+        again = target.decode(probe[i:i + 1], fresh)
+        assert torch.allclose(again[0], logits[i], rtol=1e-9, atol=1e-9)
+        for _ in range(2):
+            fresh.commit(fresh.counts[2].clone())
+            target.decode(torch.zeros(1, 8, dtype=torch.long), fresh)
+        assert int(fresh.counts[0, 0]) == int(cache.counts[0, i])       # folded equally far
+        for ours, theirs in zip(cache.layers, fresh.layers):
+            if isinstance(ours, M.MixerState):
+                assert torch.allclose(ours.state[i], theirs.state[0], rtol=1e-9, atol=1e-9)
+
+
+def test_latest_match():
+    """ab?ab: the last two words occurred at 0..1, and 2 followed; nothing matches 9."""
+    tokens = torch.tensor([[7, 8, 1, 7, 8, 0, 0], [1, 2, 3, 4, 9, 0, 0], [5, 5, 5, 0, 0, 0, 0]])
+    found = S.latest_match(tokens, torch.tensor([5, 5, 3]), 3, 1)
+    assert found.tolist() == [2, 0, 2]
+
+
+def test_layer_subset_saves_and_shares(tmp_path):
+    for model in (toy_llama(), toy("mamba2", 0.5, torch.float32)):
+        draft = S.LayerSubsetDraft(model, [0, 3])
+        ours = {p.data_ptr() for p in draft.parameters()}
+        assert ours <= {p.data_ptr() for p in model.parameters()}
+        draft.save_pretrained(tmp_path / type(model).__name__)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / type(model).__name__)
+        tokens = torch.randint(V, (2, 9))
+        with torch.no_grad():
+            assert torch.equal(again(tokens).logits, draft(tokens).logits)
+            assert again.config.num_hidden_layers == 2
+
+
+def test_vocab_subset():
+    """A draft with a short head says only those words, and the output is still the target's."""
+    target = toy("mamba2", 0.5)
+    subset = torch.arange(0, V, 2)
+    draft = S.ModelDraft(toy_llama(seed=3).double(), subset)
+    prompts, said = [torch.randint(V, (l,)) for l in (3, 9)], []
+    got = S.speculative_decode(target, draft, prompts, 20, on_round=lambda rows, proposal, n, t:
+                               said.extend(proposal.tokens.flatten().tolist()))
+    plain = S.generate(target, prompts, 20)
+    assert [t.tolist() for t in got.tokens] == [t.tolist() for t in plain.tokens]
+    assert set(said) <= set(subset.tolist())
+
+
+def test_simulated_acceptance():
+    """# Gen of a draft that is right with probability P is (1 - P^(K+1)) / (1 - P)."""
+    target = toy("mamba2", 0.5, torch.float32)
+    got = S.speculative_decode(target, toy_llama(seed=3), torch.randint(V, (16, 4)), 100,
+                               lookahead=3, simulate=0.7)
+    assert abs(got.tokens_per_round - (1 - 0.7 ** 4) / 0.3) < 0.25
+
+
+def other_context(length):
+    model = toy_llama()
+    model.config.max_position_embeddings = length
+    return model
+
+
+ERRORS = [
+    (dict(lookahead=0), "lookahead 0"),
+    (dict(lookahead=16), "ring of 16"),
+    (dict(max_new_tokens=0), "max_new_tokens 0"),
+    (dict(temperature=-1), "temperature -1"),
+    (dict(top_k=-2), "top_k -2"),
+    (dict(top_p=0.0), "top_p 0.0"),
+    (dict(input_ids=[]), "no prompts"),
+    (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+    (dict(input_ids=[[1], []]), "prompt 1"),
+    (dict(input_ids=[[1, V]]), f"token {V}"),
+    (dict(input_ids=[[1, -1]]), "token -1"),
+    (dict(eos_token_id=V), "end tokens"),
+    (dict(draft=lambda: toy_llama(vocab=V + 3)), "vocabulary"),
+    (dict(target=lambda: other_context(3), input_ids=[[1] * 4]), "context of 3"),
+    (dict(draft=lambda: S.NGramDraft(0)), "ngram 0"),
+    (dict(draft=lambda: S.LayerSubsetDraft(toy_llama(), [4])), r"indices in 0..3"),
+    (dict(draft=lambda: S.LayerSubsetDraft(toy_llama(), [1, 1])), "layers"),
+    (dict(draft=lambda: S.LayerSubsetDraft(toy_llama(), [])), "layers"),
+]
+
+
+@pytest.mark.parametrize("change, message", ERRORS, ids=[m for _, m in ERRORS])
+def test_errors(change, message):
+    arguments = dict(target=lambda: toy("mamba2", 0.5), draft=lambda: toy_llama(),
+                     input_ids=[[1, 2]], max_new_tokens=3) | change
+    with pytest.raises(ValueError, match=message) as error:
+        for name in "target", "draft":
+            arguments[name] = arguments[name]()
+        S.speculative_decode(**arguments)
+    assert "\n" not in str(error.value)
