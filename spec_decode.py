@@ -576,3 +576,121 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     rows.alive.fill_(True)
     rows.append(sampling.choose(logits)[:, None], torch.ones_like(rows.length))
     return rows.result(start, drive(step, rows, max_new_tokens - 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
+# ---------------------------------------------------------------------------------------------
+
+# their name inside `mamba.`: (our name inside `self_attn.`, rows of our in_proj or None)
+THEIR_NAMES = {
+    "mamba2": {"in_proj.weight": ("in_proj.weight", None), "dt_bias": ("dt_bias", None),
+               "norm.weight": ("norm_weight", None)},
+    "mamba": {"in_proj_z.weight": ("in_proj.weight", "z"), "in_proj_x.weight": ("in_proj.weight", "x"),
+              "B_proj.weight": ("in_proj.weight", "B"), "C_proj.weight": ("in_proj.weight", "C"),
+              "dt_proj_down.weight": ("in_proj.weight", "dt"),
+              "dt_proj.weight": ("dt_proj.weight", None), "dt_proj.bias": ("dt_bias", None)},
+}
+for _names in THEIR_NAMES.values():
+    _names.update({k: (k, None) for k in ("conv1d.weight", "conv1d.bias", "A_log", "D",
+                                          "out_proj.weight")})
+
+
+def checkpoint_tensors(folder):
+    """(name, tensor) of every safetensors or .bin file of a directory, one in memory at a time."""
+    from safetensors import safe_open
+    names = sorted(os.listdir(folder))
+    files = [n for n in names if n.endswith(".safetensors")] or [
+        n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
+    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
+    for name in files:
+        path = os.path.join(folder, name)
+        if name.endswith(".bin"):
+            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+        else:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+
+
+def authors_config(folder):
+    """config.json (the teacher's) and mamba_config.json as one HybridConfig."""
+    with open(os.path.join(folder, "config.json")) as file:
+        fields = json.load(file)
+    with open(os.path.join(folder, "mamba_config.json")) as file:
+        theirs = json.load(file)
+    ssm = theirs.get("ssm_cfg") or {}
+    mixer = "mamba2" if "ngroups" in ssm or ssm.get("layer") == "Mamba2" else "mamba"
+    heads = fields["num_attention_heads"]
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+    for name, ours, unit in (("d_xb", fields.get("num_key_value_heads", heads) * head_dim, "K/V"),
+                             ("d_inner", heads * head_dim, "query")):
+        require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
+                f"but the {unit} heads of config.json make {ours}")
+    mamba = mixer == "mamba"
+    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
+    switches = {**mamba_in_llama.RECIPES["paper"], "norm": not mamba, "group_by_state": mamba,
+                "d_state": ssm.get("d_state", 16 if mamba else head_dim),
+                "d_conv": ssm.get("d_conv", 4)}
+    return mamba_in_llama.HybridConfig(
+        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
+        attn_layers=sorted(theirs["attn_layers"]), mixer=mixer, recipe="paper", **switches)
+
+
+@torch.no_grad()
+def load_authors_checkpoint(directory_or_hub_name, dtype=None):
+    """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
+
+    Their Mamba adds dt_proj.bias twice (and was trained so): our dt_bias is twice theirs. dtype
+    None: bfloat16. Memory: the model and one tensor. Raises ValueError for another format and
+    for missing or unknown tensors.
+    """
+    folder, dtype = directory_or_hub_name, dtype or torch.bfloat16
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
+    for name in "config.json", "mamba_config.json":
+        require(os.path.isfile(os.path.join(folder, name)), f"{folder} has no {name}: not in the "
+                "format of the authors' checkpoints")
+    config = authors_config(folder)
+    with torch.device("meta"):
+        model = mamba_in_llama.HybridForCausalLM(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
+    modules, wanted = dict(model.named_modules()), {}
+    for name, p in list(model.named_parameters()):
+        wide = name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict
+        new = torch.zeros(p.shape, dtype=torch.promote_types(dtype, torch.float32) if wide else dtype)
+        wanted[name] = nn.Parameter(new)
+        parent, leaf = name.rpartition(".")[::2]
+        setattr(modules[parent], leaf, wanted[name])
+    model.tie_weights()
+    # a mixer's own biases are ours: theirs have none
+    missing = {n for n in wanted if not n.endswith(("in_proj.bias", "out_proj.bias"))}
+    seen = set()
+    for key, tensor in checkpoint_tensors(folder):
+        name, rows = key, slice(None)
+        if ".mamba." in key:
+            prefix, theirs = key.split("mamba.", 1)
+            require(theirs in THEIR_NAMES[config.mixer], f"{key}: unknown tensor of a "
+                    f"{config.mixer} checkpoint")
+            ours, part = THEIR_NAMES[config.mixer][theirs]
+            name = f"{prefix}self_attn.{ours}"
+            rows = modules[f"{prefix}self_attn"].rows[part] if part else rows
+            tensor = 2 * tensor if theirs == "dt_proj.bias" else tensor
+        elif key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
+            continue
+        require(name in wanted, f"{key}: unknown tensor")
+        require(wanted[name][rows].shape == tensor.shape, f"{key}: shape {tuple(tensor.shape)}, "
+                f"but {tuple(wanted[name][rows].shape)} is needed")
+        wanted[name][rows] = tensor.to(wanted[name].dtype)
+        seen.add(key)
+        missing.discard(name)
+    if config.mixer == "mamba":        # one of our matrices is five of theirs
+        missing |= {f"model.layers.{i}.mamba.{n}" for i in model.mixers()
+                    for n, (_, part) in THEIR_NAMES["mamba"].items()
+                    if part and f"model.layers.{i}.mamba.{n}" not in seen}
+    require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {min(missing, default='')}")
+    return model.eval()

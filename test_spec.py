@@ -333,3 +333,114 @@ def test_errors(change, message):
             arguments[name] = arguments[name]()
         S.speculative_decode(**arguments)
     assert "\n" not in str(error.value)
+
+
+def write_authors(folder, mixer, **overrides):
+    """A checkpoint as the authors write it, random weights, one layer of four kept. -> weights"""
+    import json
+
+    from safetensors.torch import save_file
+    D, H, G, hd = 32, 4, 2, 8
+    rand = torch.Generator().manual_seed(0)
+    model = toy_llama(width=D, vocab=V)
+    w = {n: p.detach().clone() for n, p in model.named_parameters()}
+    new = lambda *s: torch.randn(*s, generator=rand) * 0.3                      # noqa: E731
+    for i in (0, 1, 3):
+        w = {n: p for n, p in w.items() if not n.startswith(f"model.layers.{i}.self_attn")}
+        m = {"out_proj.weight": new(D, D)}
+        if mixer == "mamba2":
+            m |= {"in_proj.weight": new(2 * D + 2 * G * hd + H, D), "dt_bias": new(H),
+                  "conv1d.weight": new(D + 2 * G * hd, 1, 4), "conv1d.bias": new(D + 2 * G * hd),
+                  "A_log": new(H), "D": new(H), "norm.weight": new(D)}
+        else:
+            m |= {"in_proj_x.weight": new(G * hd, D), "in_proj_z.weight": new(D, D),
+                  "B_proj.weight": new(G * hd, D), "C_proj.weight": new(D, D),
+                  "dt_proj_down.weight": new(2, D), "dt_proj.weight": new(D, 2),
+                  "dt_proj.bias": new(D), "conv1d.weight": new(D, 1, 4), "conv1d.bias": new(D),
+                  "A_log": new(D, 4), "D": new(D)}
+        w |= {f"model.layers.{i}.mamba.{n}": p for n, p in m.items()}
+    model.config.save_pretrained(folder)
+    ssm = {"expand": 1, "ngroups": H, "d_state": hd} if mixer == "mamba2" else {
+        "expand": 1, "d_state": 4}
+    config = dict(d_model=D, ssm_cfg=ssm, rms_norm_eps=1e-5, vocab_size=None, d_inner=D, d_xb=G * hd,
+                  intermediate_size=2 * D, hidden_act="silu", n_layer=4, attn_layers=[2])
+    (folder / "mamba_config.json").write_text(json.dumps(config | overrides))
+    half = len(w) // 2
+    for k, part in enumerate((list(w.items())[:half], list(w.items())[half:])):
+        save_file(dict(part), folder / f"model-{k}.safetensors")
+    return w
+
+
+def authors_mixer(w, u, mixer, H=4, G=2, hd=8, N=4):
+    """Section 5 of the paper's facts, token by token and channel by channel, in float64. u (l,D)"""
+    silu = lambda v: v / (1 + torch.exp(-v))                                    # noqa: E731
+    softplus = lambda v: torch.log1p(torch.exp(v))                              # noqa: E731
+    w, u, l, D = {n: p.double() for n, p in w.items()}, u.double(), len(u), u.shape[1]
+
+    def conv(v):
+        out = torch.zeros_like(v)
+        for t in range(l):
+            for k in range(4):
+                if t - 3 + k >= 0:
+                    out[t] += w["conv1d.weight"][:, 0, k] * v[t - 3 + k]
+        return silu(out + w["conv1d.bias"])
+
+    if mixer == "mamba2":
+        z, xBC, dt = (u @ w["in_proj.weight"].T).split([D, 2 * G * hd + D, H], 1)
+        x, B, C = conv(xBC).split([G * hd, G * hd, D], 1)
+        x, B = (v.view(l, G, hd).repeat_interleave(H // G, 1).reshape(l, D) for v in (x, B))
+        delta = softplus(dt + w["dt_bias"]).repeat_interleave(hd, 1)            # per channel
+        A, skip, N = -w["A_log"].exp().repeat_interleave(hd), w["D"].repeat_interleave(hd), hd
+        A = A[:, None].expand(D, N)
+    else:
+        z, C = u @ w["in_proj_z.weight"].T, u @ w["C_proj.weight"].T
+        groups = G * hd // N
+        x, B = (v.view(l, groups, N).repeat_interleave(D // (G * hd), 1).reshape(l, D)
+                for v in (u @ w["in_proj_x.weight"].T, u @ w["B_proj.weight"].T))
+        x = conv(x)
+        dt = (u @ w["dt_proj_down.weight"].T) @ w["dt_proj.weight"].T + w["dt_proj.bias"]
+        delta = softplus(dt + w["dt_proj.bias"])
+        A, skip = -w["A_log"].exp(), w["D"]
+    h, ys = torch.zeros(D, N, dtype=torch.float64), []
+    for t in range(l):
+        y = torch.zeros(D, dtype=torch.float64)
+        for c in range(D):
+            run = slice(c // N * N, c // N * N + N)                             # the channel's head
+            h[c] = torch.exp(delta[t, c] * A[c]) * h[c] + delta[t, c] * x[t, c] * B[t, run]
+            y[c] = (h[c] * C[t, run]).sum() + skip[c] * x[t, c]
+        ys.append(y * silu(z[t]))
+    y = torch.stack(ys)
+    if mixer == "mamba2":
+        y = y.view(l, H, hd)
+        y = (y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).view(l, D) * w["norm.weight"]
+    return y @ w["out_proj.weight"].T
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_authors_checkpoint(mixer, tmp_path):
+    w = write_authors(tmp_path, mixer)
+    model = S.load_authors_checkpoint(str(tmp_path), torch.float64)
+    assert model.config.mixer == mixer and sorted(model.mixers()) == [0, 1, 3]
+    u = torch.randn(7, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for i, ours in model.mixers().items():
+        prefix = f"model.layers.{i}.mamba."
+        theirs = {n[len(prefix):]: p for n, p in w.items() if n.startswith(prefix)}
+        with torch.no_grad():
+            y = ours(u[None])[0][0]
+        assert torch.allclose(y, authors_mixer(theirs, u, mixer), rtol=1e-6, atol=1e-6)
+    plain = S.generate(model, [[1, 2, 3]], 12)
+    got = S.speculative_decode(model, S.LayerSubsetDraft(model, [0, 2]), [[1, 2, 3]], 12)
+    assert plain.tokens[0].tolist() == got.tokens[0].tolist()
+    assert S.load_authors_checkpoint(str(tmp_path)).dtype == torch.bfloat16
+
+
+def test_authors_checkpoint_errors(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        S.load_authors_checkpoint(str(tmp_path))
+    write_authors(tmp_path, "mamba", d_xb=99)
+    with pytest.raises(ValueError, match="d_xb 99"):
+        S.load_authors_checkpoint(str(tmp_path))
+    write_authors(tmp_path, "mamba")
+    os.remove(tmp_path / "model-1.safetensors")
+    with pytest.raises(ValueError, match="lacks"):
+        S.load_authors_checkpoint(str(tmp_path))
