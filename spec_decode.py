@@ -694,3 +694,574 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
                     if part and f"model.layers.{i}.mamba.{n}" not in seen}
     require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {min(missing, default='')}")
     return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
+# ---------------------------------------------------------------------------------------------
+
+# Llama configurations; pure Mamba models are 0 % hybrids of the same parameter count, so with MLPs
+SHAPES = {
+    "2.8b": dict(hidden_size=2560, intermediate_size=6464, num_hidden_layers=32,
+                 num_attention_heads=20, num_key_value_heads=20, vocab_size=50280),
+    "130m": dict(hidden_size=768, intermediate_size=1984, num_hidden_layers=12,
+                 num_attention_heads=12, num_key_value_heads=12, vocab_size=50280),
+    "7b": dict(hidden_size=4096, intermediate_size=10304, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=32, vocab_size=128256),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+               tie_word_embeddings=False),
+    "tiny": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8,
+                 num_attention_heads=8, num_key_value_heads=4, vocab_size=4096),
+    "nano": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=4096),
+}
+PURE = dict(mixer="mamba", d_state=16)
+# target shape, attention share, draft (a shape, its share, or layers), words, K, # Gen, speed-up:
+# the last two are the paper's (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
+BENCH = [
+    ("2.8b", 0.0, ("130m", 0.0), None, 3, 3.9, 1.71), ("2.8b", 0.0, ("130m", 0.0), None, 4, 3.9, 1.85),
+    ("7b", 0.0, ("1b", 1.0), None, 3, 3.28, 1.95), ("7b", 0.0, ("1b", 1.0), None, 4, 3.6, 2.0),
+    ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
+    ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
+    ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88), ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
+    ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
+    ("tiny", 0.0, ("nano", 0.0), None, 3, 3.0, None), ("tiny", 0.0, ("nano", 1.0), None, 4, 3.6, None),
+    ("tiny", 0.5, [0, 7], None, 4, 2.48, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None),
+]
+
+
+def random_model(shape, share, device, dtype, **mixer):
+    """A hybrid with random weights and `share` attention, for timing only."""
+    from transformers import LlamaConfig
+    fields = dict(max_position_embeddings=8192, tie_word_embeddings=True) | SHAPES[shape]
+    teacher, before = LlamaConfig(**fields), torch.get_default_dtype()
+    fields = {k: v for k, v in teacher.to_dict().items()
+              if k not in ("model_type", "architectures", "dtype")}
+    config = mamba_in_llama.HybridConfig(
+        **fields, teacher_type="llama", **mamba_in_llama.RECIPES["near_linear"] | mixer,
+        attn_layers=mamba_in_llama.attention_layers(share, teacher.num_hidden_layers))
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = mamba_in_llama.HybridForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    for name, p in model.named_parameters():
+        if name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict:
+            p.data = p.data.to(torch.promote_types(dtype, torch.float32))
+    return model.eval()
+
+
+def clock(calls, repeats=5):
+    """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
+    times = []
+    calls[0]()
+    if torch.cuda.is_available():
+        calls = [Captured(lambda: [f() for f in calls])]  # noqa: F821 (rebinds after the capture)
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for f in calls:
+            f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[repeats // 2]
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read and written, of a copy larger than any cache."""
+    source = torch.ones(2 ** (28 if torch.cuda.is_available() else 24), device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / clock([lambda: target.copy_(source)] * 4) * 4
+
+
+def weight_bytes(model, words=None):
+    """Bytes of weights that one decoding step reads: all but the embedding's other rows."""
+    head = model.get_output_embeddings().weight
+    rest = {id(p): p for p in model.parameters()
+            if p is not head and p is not model.get_input_embeddings().weight}
+    read = head.numel() * (words or len(head)) // len(head) * head.element_size()
+    return read + sum(p.numel() * p.element_size() for p in rest.values())
+
+
+@torch.no_grad()
+def step_seconds(model, T, prompt, ring=16, calls=64):
+    """Mean time of a call of T tokens, all accepted, over whole cycles of the ring. prompt (1,l)"""
+    rows = read_prompts(model, prompt, calls * T, T, None)[0]
+    decoder, tokens = Decoder(model, rows, ring), rows.last.repeat(1, T)        # (1,T)
+    all_stand = torch.full_like(rows.length, T)
+
+    def call():
+        decoder.decode(tokens)
+        decoder.cache.commit(all_stand)
+
+    if prompt.is_cuda:
+        warm_up(call)
+        call = Captured(call)
+    decoder.prefill(prompt, None)
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def acceptance_for(gen, K):
+    """The chance P per token for which # Gen = (1 - P^(K+1)) / (1 - P), by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        P = (low + high) / 2
+        low, high = (P, high) if sum(P ** i for i in range(K + 1)) < gen else (low, P)
+    return low
+
+
+def bench_row(target, draft, words, K, gen, simulate, prompt, n_new, bandwidth):
+    """One line of the table. simulate: P, or None for the draft's real acceptance. -> dict"""
+    subset = None if words is None else torch.arange(words, device=prompt.device)
+    proposer = draft if hasattr(draft, "propose") else ModelDraft(draft, subset)
+    plain = generate(target, prompt, n_new)
+    fast = speculative_decode(target, proposer, prompt, n_new, K, simulate=simulate)
+    one, several = (step_seconds(target, T, prompt) for T in (1, K + 1))
+    floor = weight_bytes(target) / bandwidth
+    row = {"K": K, "simulated_acceptance": simulate, "paper_gen": gen,
+           "gen": fast.tokens_per_round, "plain_tokens_per_s": plain.tokens_per_second,
+           "share_of_streaming_floor": floor * plain.tokens_per_second,
+           "verify_over_step": several / one, "tokens_per_s": fast.tokens_per_second,
+           "speed_up": fast.tokens_per_second / plain.tokens_per_second}
+    if not hasattr(draft, "propose"):
+        ratio = weight_bytes(draft, words) / weight_bytes(target)
+        row |= {"draft_bytes_share": ratio, "bound": fast.tokens_per_round / (1.1 + K * ratio)}
+    return row
+
+
+def bench(args, device):
+    """--bench: Tables 1 and 5 with random weights and simulated acceptance, or two given models."""
+    dtype, rows, built = torch.bfloat16 if device.type == "cuda" else torch.float32, [], {}
+    bandwidth, cuda = copy_bandwidth(device), device.type == "cuda"
+    sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
+    unknown = [s for s in sizes if s not in {row[0] for row in BENCH}]
+    require(not unknown, f"--sizes {','.join(unknown)}: none of 2.8b, 7b, 8b, tiny")
+    n_new, where = args.max_new_tokens, torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"{where}, torch {torch.__version__}, {dtype}, copy {bandwidth / 1e9:.0f} GB/s; batch 1, "
+          f"{n_new} tokens; random weights, SIMULATED acceptance" * (not args.target))
+    print(f"{'target':<18}{'draft':<22}{'K':>2}{'#Gen':>6}{'plain/s':>9}{'floor':>7}{'verify':>8}"
+          f"{'spec/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
+    table = [r for r in BENCH if r[0] in sizes]
+    if args.target:
+        table = [(args.target, None, args.draft, args.draft_words, args.lookahead, None, None)]
+    for shape, share, spec, words, K, gen, paper in table:
+        if args.target:
+            target, tokenizer = load(shape, device)
+            draft = read_draft(spec, target, device)
+            prompt = encode(args.prompt, tokenizer, args.raw).to(device)[None]
+        else:
+            if (shape, share) not in built:             # one target in memory at a time
+                built = {(shape, share): random_model(shape, share, device, dtype,
+                                                      **({} if share else PURE))}
+            target = built[shape, share]
+            draft = LayerSubsetDraft(target, spec) if isinstance(spec, list) else random_model(
+                *spec, device, dtype, **({} if spec[1] else PURE))
+            prompt = torch.arange(1, 33, device=device)[None]
+        simulate = args.simulate_acceptance
+        if simulate is None and gen is not None:
+            simulate = acceptance_for(gen, K)
+        row = bench_row(target, draft, words, K, gen, simulate, prompt, n_new, bandwidth)
+        name = shape if share is None else f"{shape} {share:.0%} attention"
+        what = spec if isinstance(spec, str) else f"layers {spec}".replace(" ", "") if isinstance(
+            spec, list) else spec[0]
+        what += f" {words // 1024}k words" if words else ""
+        rows.append({"target": name, "draft": what, "paper_speed_up": paper, "device": where,
+                     "dtype": str(dtype), "copy_bytes_per_s": bandwidth,
+                     "torch": torch.__version__} | row)
+        print(f"{name:<18}{what:<22}{K:>2}{row['gen']:6.2f}{row['plain_tokens_per_s']:9.1f}"
+              f"{row['share_of_streaming_floor']:7.0%}{row['verify_over_step']:7.2f}x"
+              f"{row['tokens_per_s']:9.1f}{row['speed_up']:8.2f}x{row.get('bound', 0):6.2f}x"
+              + (f"{paper:6.2f}x" if paper else ""), flush=True)
+    return rows
+
+
+# mixer, heads, groups, P, N of a layer: a converted 8B Llama, SmolLM2, and Mamba of 7B and 2.8B
+KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
+                 "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
+                 "mamba 4096x16": ("mamba", 256, 64, 16, 16),
+                 "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
+SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32), "mamba 256x16": ("mamba", 16, 8, 16, 16)}
+
+
+def kernel_inputs(layer, b, T, ring, device, dtype):
+    """One layer's arguments of `multi_step`, up to the rings."""
+    (mixer, H, G, P, N), like = layer, dict(device=device, dtype=dtype)
+    p, n = (1, 1) if mixer == "mamba2" else (P, N)
+    gx, wide, slots = G if mixer == "mamba2" else H, dict(device=device), 2 * ring
+    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),
+            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),
+            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3, torch.randn(H, p, **wide),
+            torch.randn(b, T, H, P, **like), torch.randn(b, H, P, N, **wide),
+            torch.randn(b, slots, gx, P, **like), torch.rand(b, slots, H, p, **wide) / 10,
+            torch.randn(b, slots, G, N, **like)]
+
+
+def flush_cycle(T, ring):
+    """(base, length) of every call from one flush to the next, all T tokens accepted."""
+    base, length, cycle, flushes = 0, 0, [], 0
+    while flushes < 2:
+        flush = length - base + T > ring
+        flushes += flush
+        if flushes:
+            cycle.append((base, length))
+        base, length = length if flush else base, length + T
+    return cycle[:-1]
+
+
+def bench_kernel(args, device):
+    """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
+
+    On CUDA one graph runs a whole flush cycle on rotated buffers, more than the L2 holds.
+    """
+    cuda, rows = device.type == "cuda", []
+    dtype, least = (torch.bfloat16, 150 << 20) if cuda else (torch.float32, 0)
+    print(f"{'layer':<20}{'batch':>6}{'T':>4}{'us/call':>10}{'T x one':>10}{'copy':>9}")
+    for name, layer in (KERNEL_LAYERS if cuda else SMALL_LAYERS).items():
+        for b in (1, 8, 64, 256) if cuda else (1, 8):
+            size = 4 * b * layer[1] * layer[3] * layer[4]
+            copies = max(1, min(64, -(-least // size)))
+            pairs = [tuple(torch.empty(size // 4, device=device) for _ in "ab") for _ in range(copies)]
+            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs]) / copies
+            del pairs
+            for T in range(1, 17):
+                ring = 16 if T <= 8 else 32
+                sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
+                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32, device=device)
+                          for i, j in flush_cycle(T, ring)]
+                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=ring)
+                         for c in counts for s in sets]
+                spent = clock(calls) / len(calls)
+                one = spent if T == 1 else one
+                rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
+                             "us_single_steps": 1e6 * T * one, "us_copy": 1e6 * copied})
+                print(f"{name:<20}{b:>6}{T:>4}{1e6 * spent:10.1f}{1e6 * T * one:10.1f}"
+                      f"{1e6 * copied:9.1f}", flush=True)
+    return rows
+
+
+def plot(rows, path, kernel):
+    """A picture of `bench_kernel`'s or `bench`'s rows."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    if kernel:
+        names = sorted({(r["layer"], r["batch"]) for r in rows})
+        figure, axes = plt.subplots(1, len({n for n, _ in names}), figsize=(14, 4), squeeze=False)
+        for axis, layer in zip(axes[0], sorted({n for n, _ in names})):
+            for b in sorted({r["batch"] for r in rows}):
+                part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+                line, = axis.plot([r["T"] for r in part], [r["us"] / r["T"] for r in part], "o-",
+                                  label=f"batch {b}")
+                axis.axhline(part[0]["us"], color=line.get_color(), ls=":", lw=1)
+            axis.set(title=layer, xlabel="tokens per call T", yscale="log", ylabel="us per token")
+            axis.legend()
+    else:
+        figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 2))
+        labels = [f"{r['target']}, {r['draft']}, K={r['K']}" for r in rows]
+        axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
+        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=18,
+                  label="paper")
+        axis.set(xlabel="speed-up over plain decoding")
+        axis.invert_yaxis()
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Needle in a haystack (Figure 4), and what a cache weighs.
+# ---------------------------------------------------------------------------------------------
+
+
+def needle(args, device):
+    """--needle: is a number found again, hidden at some depth of a long text? -> rows"""
+    from pydoc_data.topics import topics
+    model, tokenizer = load(args.target, device)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]   # noqa: E731
+    hay, rows = ids("\n".join(topics[k] for k in sorted(topics))), []
+    lengths = [int(v) for v in args.lengths.split(",")]
+    depths = [float(v) for v in args.depths.split(",")]
+    require(all(n >= 64 for n in lengths) and all(0 <= d <= 1 for d in depths),
+            f"--lengths {args.lengths} must be at least 64, --depths {args.depths} within 0..1")
+    print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
+          f"{'length':>8}" + "".join(f"{d:7.0%}" for d in depths))
+    draw = torch.Generator().manual_seed(args.seed)
+    for length in lengths:
+        for depth in depths:
+            right = 0
+            for _ in range(args.trials):
+                secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
+                fact = ids(f"\nThe magic number is {secret}. Remember it.\n")
+                ask = ids("\nWhat is the magic number? The magic number is")
+                room = length - len(fact) - len(ask)
+                first = int(torch.randint(max(1, len(hay) - room), (), generator=draw))
+                text = (hay[first:] + hay * (1 + room // len(hay)))[:room]
+                cut = int(depth * room)
+                prompt = torch.tensor(text[:cut] + fact + text[cut:] + ask, device=device)
+                answer = tokenizer.decode(generate(model, prompt, 12).tokens[0])
+                right += secret in answer
+            rows.append({"length": length, "depth": depth, "found": right / args.trials})
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(depths):]), flush=True)
+    return rows + cache_table(model.config)
+
+
+def cache_table(config):
+    """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
+    fields = (config.teacher_config() if hasattr(config, "teacher_config") else config).to_dict()
+    L, kind, rows = fields["num_hidden_layers"], fields.pop("model_type"), []
+    print("\ncache of one row, MiB (share of the teacher's)\n" + f"{'attention':>10}" + "".join(
+        f"{n:>18,}" for n in (1024, 8192, 65536)))
+    for share in (1.0, 0.5, 0.25, 0.0):
+        own = mamba_in_llama.HybridConfig(
+            **{k: v for k, v in fields.items() if k not in ("architectures", "dtype")},
+            teacher_type=kind, attn_layers=mamba_in_llama.attention_layers(share, L),
+            **mamba_in_llama.RECIPES["near_linear"])
+        with torch.device("meta"):
+            model = mamba_in_llama.HybridForCausalLM(own).to(torch.bfloat16)
+        line = f"{share:>10.0%}"
+        for n in (1024, 8192, 65536):
+            layers = MixerCache.allocate(model, 1, n).layers
+            size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors())
+            rows.append({"attention": share, "tokens": n, "cache_bytes": size})
+            teacher = next(r["cache_bytes"] for r in rows if r["tokens"] == n)
+            line += f"{size / 2 ** 20:11.1f} ({size / teacher:4.0%})"
+        print(line)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. The command line.
+# ---------------------------------------------------------------------------------------------
+
+
+def load(name, device):
+    """A model (ours, the authors' or a plain decoder) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    require(name, "give --target DIR_OR_HUB_NAME")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if os.path.exists(os.path.join(name, "mamba_config.json")):
+            model = load_authors_checkpoint(name, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def read_draft(spec, target, device, words=None):
+    """DIR, layers:0,10,20,29 or ngram:3 -> a draft; words: cut its head to the first so many ids
+    (a BPE numbers its words roughly from the most frequent on)."""
+    kind, _, value = (spec or "ngram:3").partition(":")
+    try:
+        numbers = [int(v) for v in value.split(",")] if kind in ("layers", "ngram") else []
+    except ValueError:
+        raise ValueError(f"--draft {spec}: want numbers after {kind}:") from None
+    if kind == "ngram":
+        require(len(numbers) == 1, f"--draft {spec}: want one number")
+        return NGramDraft(numbers[0], min(2, numbers[0]))
+    draft = LayerSubsetDraft(target, numbers) if kind == "layers" else load(spec, device)[0]
+    vocab = draft.config.vocab_size
+    require(words is None or 1 <= words <= vocab, f"--draft-words {words} is outside 1..{vocab}")
+    return ModelDraft(draft, None if words is None else torch.arange(words, device=device))
+
+
+def encode(text, tokenizer, raw=False):
+    """text -> ids (l,), through the chat template where there is one and `raw` does not forbid it."""
+    if tokenizer.chat_template and not raw:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    require(ids, "the prompt is empty")
+    return torch.tensor(ids)
+
+
+def painter(tokenizer):
+    """An `on_round` that shows the first row's rounds as Figure 2 does: what stands, what falls,
+    what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
+        "{}", "[-{}-]", "{{+{}+}}")
+
+    def show(rows, proposal, n, token):
+        if not rows.alive[0]:
+            return
+        drafted, n = proposal.tokens[0].tolist(), int(n[0])
+        parts = drafted[:n], drafted[n:], [int(token[0])]
+        words = [repr(tokenizer.decode(part))[1:-1] for part in parts]
+        print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
+            mark.format(word) for mark, word in zip(marks, words) if word))
+
+    return show
+
+
+@torch.no_grad()
+def identical(target, prompt, plain, fast):
+    """"yes", or where the first difference is and how far apart the target's two logits are there."""
+    a, b = plain.tokens[0], fast.tokens[0]
+    n = min(len(a), len(b))
+    if len(a) == len(b) and torch.equal(a, b):
+        return "yes"
+    i = int((a[:n] != b[:n]).int().argmax())
+    text = torch.cat([prompt, a[:i]])[None]
+    logits = target.get_output_embeddings()(mamba_in_llama.hidden_states(target, text)[0, -1])
+    return f"no: token {i} differs, logits {float((logits[a[i]] - logits[b[i]]).abs()):.2g} apart"
+
+
+def compare(target, drafts, prompt, tokenizer, args, ends, show=True):
+    """Plain decoding, then each draft (name, draft): the rounds, and one table. -> rows"""
+    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                    eos_token_id=ends)
+
+    def seeded():
+        return torch.Generator(prompt.device).manual_seed(args.seed)
+
+    plain, rows = generate(target, prompt, args.max_new_tokens, generator=seeded(), **settings), []
+    for name, draft in drafts:
+        if show:
+            print(f"\n{name}: drafted tokens that stand, [those that fall], {{what the target says}}")
+            speculative_decode(target, draft, prompt, min(48, args.max_new_tokens), args.lookahead,
+                               generator=seeded(), on_round=painter(tokenizer), **settings)
+        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, args.lookahead,
+                                  generator=seeded(), **settings)
+        same = identical(target, prompt, plain, fast) if args.temperature == 0 else "sampled"
+        rows.append({"draft": name, "K": args.lookahead, "gen": fast.tokens_per_round,
+                     "acceptance": fast.accepted / max(1, fast.drafted),
+                     "tokens_per_s": fast.tokens_per_second,
+                     "speed_up": fast.tokens_per_second / max(plain.tokens_per_second, 1e-9),
+                     "identical": same})
+    print("\n" + tokenizer.decode(fast.tokens[0], skip_special_tokens=True).strip() + "\n")
+    print(f"{'draft':<22}{'K':>3}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
+          f"  identical to plain decoding\n{'none':<22}{'':>3}{1:7.2f}{'':>10}"
+          f"{plain.tokens_per_second:10.1f}{1:9.2f}x")
+    for r in rows:
+        print(f"{r['draft']:<22}{r['K']:>3}{r['gen']:7.2f}{r['acceptance']:10.0%}"
+              f"{r['tokens_per_s']:10.1f}{r['speed_up']:9.2f}x  {r['identical']}")
+    return rows
+
+
+def tiny(args, device):
+    """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
+    if not os.path.exists("tiny_run/mamba2/config.json"):
+        mamba_in_llama.main(["--tiny"])
+    target, tokenizer = load("tiny_run/mamba2", device)
+    shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
+    prompt = "The standard exception classes that a program can"
+    tokens = mamba_in_llama.sample(target, [encode(prompt[:i], tokenizer).tolist()
+                                            for i in range(8, 40)] * 4, 96, None)
+    tokens = torch.tensor(tokens)
+    mamba_in_llama.distil("draft", shrunk, target, tokens, tokens, 150, lr=3e-3, alpha=0.1, beta=1.0)
+    drafts = [("layers 0,3, fine-tuned", ModelDraft(shrunk.eval())),
+              ("layers 0,3", LayerSubsetDraft(target, [0, 3])), ("ngram:3", NGramDraft(3)),
+              ("the teacher", load("tiny_run/teacher", device)[0]),
+              ("Mamba hybrid", load("tiny_run/mamba", device)[0])]
+    return compare(target, drafts, encode(args.prompt or prompt, tokenizer, args.raw).to(device),
+                   tokenizer, args, None)
+
+
+def make_draft(args, device):
+    """--make-draft layers:...: shrink and fine-tune on the target's own answers, save a directory."""
+    require(args.out and not (os.path.isdir(args.out) and os.listdir(args.out)),
+            f"--out {args.out}: want a directory that is new or empty")
+    require(args.make_draft.startswith("layers:"), f"--make-draft {args.make_draft}: want layers:0,10")
+    target, tokenizer = load(args.target, device)
+    draft = copy.deepcopy(read_draft(args.make_draft, target, device).model)
+    chat = mamba_in_llama.Chat(tokenizer)
+    defaults = mamba_in_llama.parse_args(["--teacher", args.target, "--out", args.out])
+    defaults.rows, defaults.length = args.rows, args.length
+    data = mamba_in_llama.real_data(target, chat, defaults)
+    history = mamba_in_llama.distil("draft", draft, target, *data.train, 10 ** 9, lr=args.lr,
+                                    alpha=0.1, beta=1.0, seconds=60 * args.minutes)
+    mamba_in_llama.save(draft.eval(), chat, args.out)
+    print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved {args.out}")
+    return [{"step": step, "loss": loss} for step, loss in history]
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="every kind of draft on the hybrid in ./tiny_run")
+    add("--bench", action="store_true", help="Tables 1 and 5, or --target with --draft")
+    add("--bench-kernel", action="store_true", help="Figure 3: T tokens per call of the kernel")
+    add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
+    add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
+    add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder or an authors' checkpoint")
+    add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
+    add("--draft-words", type=int, help="cut the draft's head to the first so many words")
+    add("--prompt", help="the text to answer", default=None)
+    add("--raw", action="store_true", help="no chat template around the prompt")
+    add("--lookahead", type=int, default=4, help="tokens drafted per round, K")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0 keeps all")
+    add("--top-p", type=float, default=1.0, help="probability that is kept")
+    add("--max-new-tokens", type=int, default=128, help="budget, tokens")
+    add("--simulate-acceptance", type=float, metavar="P", help="--bench: each token stands with P")
+    add("--sizes", help="--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)")
+    add("--lengths", default="512,1024,2048", help="--needle: tokens")
+    add("--depths", default="0,0.25,0.5,0.75,1", help="--needle: 0 is the beginning")
+    add("--trials", type=int, default=5, help="--needle: numbers per length and depth")
+    add("--out", metavar="DIR", help="--make-draft: where the draft goes")
+    add("--minutes", type=float, default=10.0, help="--make-draft: time to train")
+    add("--rows", type=int, default=256, help="--make-draft: rows that the target writes")
+    add("--length", type=int, default=256, help="--make-draft: tokens per row")
+    add("--lr", type=float, default=5e-4, help="--make-draft: learning rate")
+    add("--seed", type=int, default=0, help="of every draw")
+    add("--json", metavar="FILE", help="write the rows of the table")
+    add("--plot", metavar="F.png", help="a picture of --bench or --bench-kernel (matplotlib)")
+    args = parser.parse_args(argv)
+    P = args.simulate_acceptance
+    require(P is None or 0 <= P <= 1, f"--simulate-acceptance {P} is outside 0..1")
+    Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
+    require(args.lookahead >= 1, f"--lookahead {args.lookahead} must be at least 1")
+    require(args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    require(args.plot is None or args.bench or args.bench_kernel,
+            "--plot goes with --bench or --bench-kernel")
+    return args
+
+
+def main(argv=None):
+    """Run the command line. -> the rows that --json writes"""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    modes = [f for f in (tiny, bench, bench_kernel, needle, make_draft)
+             if getattr(args, f.__name__)]
+    require(len(modes) <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    if modes:
+        rows = modes[0](args, device)
+    else:
+        require(args.target and args.prompt, "give --target and --prompt, or --tiny")
+        target, tokenizer = load(args.target, device)
+        ends = getattr(target.generation_config, "eos_token_id", None)
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if tokenizer.chat_template and not args.raw:
+            ends.append(mamba_in_llama.Chat(tokenizer).end)
+        draft = read_draft(args.draft, target, device, args.draft_words)
+        rows = compare(target, [(args.draft, draft)], encode(args.prompt, tokenizer, args.raw).to(
+            device), tokenizer, args, sorted(set(ends)), show=sys.stdout.isatty())
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    if args.plot:
+        plot(rows, args.plot, args.bench_kernel)
+    return rows
+
+
+if __name__ == "__main__":
+    mamba_in_llama.cli(main)
