@@ -1714,8 +1714,10 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     """
     device, answers = model.get_input_embeddings().weight.device, []
     torch.manual_seed(seed)
+    never = model.config.vocab_size                 # None would mean the model's own end token
     settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k,
-                                max_new_tokens=n_new, eos_token_id=end, pad_token_id=0)
+                                max_new_tokens=n_new, pad_token_id=0,
+                                eos_token_id=never if end is None else end)
     for i in tqdm(range(0, len(prompts), batch_size), desc=f"{name:<10}", unit="batch",
                   leave=False, disable=None if sys.stderr.isatty() else True):
         part = prompts[i:i + batch_size]
