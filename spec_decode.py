@@ -161,8 +161,9 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     device = target.get_input_embeddings().weight.device
     vocab = target.config.vocab_size
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
-    one = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1
-    prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in ([input_ids] if one else input_ids)]
+    if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1:
+        input_ids = input_ids[None]
+    prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
     require(len(prompts) > 0, "input_ids holds no prompts")
     for i, prompt in enumerate(prompts):
         require(prompt.ndim == 1 and len(prompt) > 0, f"prompt {i} of shape {tuple(prompt.shape)} "
@@ -193,7 +194,7 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
 
 
 class Decoder:
-    """A model and its cache: a hybrid's own prefill and decode, or the free functions for others."""
+    """A model and its cache: its own prefill and decode, or the free functions."""
 
     def __init__(self, model, rows, ring):
         b, width = rows.tokens.shape
@@ -218,7 +219,7 @@ class Decoder:
 
 
 class Captured:
-    """A function of static tensors as a CUDA graph; a call replays it, the result stays in place."""
+    """A function of static tensors as a CUDA graph; a call replays it, its result stays put."""
 
     def __init__(self, function, generator=None):
         self.graph = torch.cuda.CUDAGraph()
@@ -586,8 +587,9 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
 THEIR_NAMES = {
     "mamba2": {"in_proj.weight": ("in_proj.weight", None), "dt_bias": ("dt_bias", None),
                "norm.weight": ("norm_weight", None)},
-    "mamba": {"in_proj_z.weight": ("in_proj.weight", "z"), "in_proj_x.weight": ("in_proj.weight", "x"),
-              "B_proj.weight": ("in_proj.weight", "B"), "C_proj.weight": ("in_proj.weight", "C"),
+    "mamba": {"in_proj_z.weight": ("in_proj.weight", "z"),
+              "in_proj_x.weight": ("in_proj.weight", "x"), "B_proj.weight": ("in_proj.weight", "B"),
+              "C_proj.weight": ("in_proj.weight", "C"),
               "dt_proj_down.weight": ("in_proj.weight", "dt"),
               "dt_proj.weight": ("dt_proj.weight", None), "dt_proj.bias": ("dt_bias", None)},
 }
@@ -662,8 +664,8 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     modules, wanted = dict(model.named_modules()), {}
     for name, p in list(model.named_parameters()):
         wide = name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict
-        new = torch.zeros(p.shape, dtype=torch.promote_types(dtype, torch.float32) if wide else dtype)
-        wanted[name] = nn.Parameter(new)
+        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        wanted[name] = nn.Parameter(torch.zeros(p.shape, dtype=kind))
         parent, leaf = name.rpartition(".")[::2]
         setattr(modules[parent], leaf, wanted[name])
     model.tie_weights()
@@ -700,52 +702,70 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
 # 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
 # ---------------------------------------------------------------------------------------------
 
-# Llama configurations; pure Mamba models are 0 % hybrids of the same parameter count, so with MLPs
-SHAPES = {
-    "2.8b": dict(hidden_size=2560, intermediate_size=6464, num_hidden_layers=32,
-                 num_attention_heads=20, num_key_value_heads=20, vocab_size=50280),
-    "130m": dict(hidden_size=768, intermediate_size=1984, num_hidden_layers=12,
-                 num_attention_heads=12, num_key_value_heads=12, vocab_size=50280),
-    "7b": dict(hidden_size=4096, intermediate_size=10304, num_hidden_layers=32,
-               num_attention_heads=32, num_key_value_heads=32, vocab_size=128256),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-               tie_word_embeddings=False),
-    "tiny": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8,
-                 num_attention_heads=8, num_key_value_heads=4, vocab_size=4096),
-    "nano": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, vocab_size=4096),
-}
-PURE = dict(mixer="mamba", d_state=16)
-# target shape, attention share, draft (a shape, its share, or layers), words, K, # Gen, speed-up:
-# the last two are the paper's (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
-BENCH = [
-    ("2.8b", 0.0, ("130m", 0.0), None, 3, 3.9, 1.71), ("2.8b", 0.0, ("130m", 0.0), None, 4, 3.9, 1.85),
-    ("7b", 0.0, ("1b", 1.0), None, 3, 3.28, 1.95), ("7b", 0.0, ("1b", 1.0), None, 4, 3.6, 2.0),
-    ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
-    ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
-    ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88), ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
-    ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
-    ("tiny", 0.0, ("nano", 0.0), None, 3, 3.0, None), ("tiny", 0.0, ("nano", 1.0), None, 4, 3.6, None),
-    ("tiny", 0.5, [0, 7], None, 4, 2.48, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None),
-]
+# width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
+# 0 % hybrids (so with MLPs) of the paper's parameter counts.
+SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
+          "130m": (768, 1984, 12, 12, 12, 50280, True),
+          "7b": (4096, 10304, 32, 32, 32, 128256, True),
+          "1b": (2048, 8192, 16, 32, 8, 128256, True),
+          "8b": (4096, 14336, 32, 32, 8, 128256, False),
+          "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
+# target, its attention share, draft (shape and share, or layers), draft's words, K, and the
+# paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
+BENCH = [("2.8b", 0, ("130m", 0), None, 3, 3.9, 1.71), ("2.8b", 0, ("130m", 0), None, 4, 3.9, 1.85),
+         ("7b", 0, ("1b", 1), None, 3, 3.28, 1.95), ("7b", 0, ("1b", 1), None, 4, 3.6, 2.0),
+         ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
+         ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
+         ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88),
+         ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
+         ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
+         ("tiny", 0, ("nano", 0), None, 3, 3.0, None), ("tiny", 0, ("nano", 1), None, 4, 3.6, None),
+         ("tiny", 0.5, [0, 7], None, 4, 2.48, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None)]
 
 
-def random_model(shape, share, device, dtype, **mixer):
-    """A hybrid with random weights and `share` attention, for timing only."""
+def seconds(function, cuda):
+    """Wall-clock time of one call, with what it queued on the device."""
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def clock(calls, cuda):
+    """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
+    def run():
+        for f in calls:
+            f()
+
+    calls[0]()
+    once = Captured(run) if cuda else run
+    return sorted(seconds(once, cuda) for _ in range(5))[2]
+
+
+def hybrid_config(fields, teacher_type, share, **switches):
+    """A near_linear hybrid of `share` attention around a teacher with these config fields."""
+    drop = ("model_type", "architectures", "dtype")
+    return mamba_in_llama.HybridConfig(
+        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=teacher_type,
+        attn_layers=mamba_in_llama.attention_layers(share, fields["num_hidden_layers"]),
+        **{**mamba_in_llama.RECIPES["near_linear"], **switches})
+
+
+def random_model(shape, share, device, dtype):
+    """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
     from transformers import LlamaConfig
-    fields = dict(max_position_embeddings=8192, tie_word_embeddings=True) | SHAPES[shape]
-    teacher, before = LlamaConfig(**fields), torch.get_default_dtype()
-    fields = {k: v for k, v in teacher.to_dict().items()
-              if k not in ("model_type", "architectures", "dtype")}
-    config = mamba_in_llama.HybridConfig(
-        **fields, teacher_type="llama", **mamba_in_llama.RECIPES["near_linear"] | mixer,
-        attn_layers=mamba_in_llama.attention_layers(share, teacher.num_hidden_layers))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+    fields = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192).to_dict()
+    config = hybrid_config(fields, "llama", share,
+                           **({} if share else dict(mixer="mamba", d_state=16)))
+    before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with torch.device(device):
+        with device:
             model = mamba_in_llama.HybridForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
@@ -755,45 +775,19 @@ def random_model(shape, share, device, dtype, **mixer):
     return model.eval()
 
 
-def clock(calls, repeats=5):
-    """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
-    times = []
-    calls[0]()
-    if torch.cuda.is_available():
-        calls = [Captured(lambda: [f() for f in calls])]  # noqa: F821 (rebinds after the capture)
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for f in calls:
-            f()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[repeats // 2]
-
-
-def copy_bandwidth(device):
-    """Bytes per second, read and written, of a copy larger than any cache."""
-    source = torch.ones(2 ** (28 if torch.cuda.is_available() else 24), device=device)
-    target = torch.empty_like(source)
-    return 2 * 4 * source.numel() / clock([lambda: target.copy_(source)] * 4) * 4
-
-
 def weight_bytes(model, words=None):
-    """Bytes of weights that one decoding step reads: all but the embedding's other rows."""
-    head = model.get_output_embeddings().weight
-    rest = {id(p): p for p in model.parameters()
-            if p is not head and p is not model.get_input_embeddings().weight}
-    read = head.numel() * (words or len(head)) // len(head) * head.element_size()
-    return read + sum(p.numel() * p.element_size() for p in rest.values())
+    """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    rest = sum(p.numel() * p.element_size() for p in model.parameters()
+               if p is not head and p is not table)
+    return rest + (words or len(head)) * head.shape[1] * head.element_size()
 
 
 @torch.no_grad()
-def step_seconds(model, T, prompt, ring=16, calls=64):
-    """Mean time of a call of T tokens, all accepted, over whole cycles of the ring. prompt (1,l)"""
+def step_seconds(model, T, prompt, calls=48):
+    """Mean time of a call of T tokens, all accepted, over cycles of a ring of 16. prompt (1,l)"""
     rows = read_prompts(model, prompt, calls * T, T, None)[0]
-    decoder, tokens = Decoder(model, rows, ring), rows.last.repeat(1, T)        # (1,T)
+    decoder, tokens = Decoder(model, rows, ring=16), rows.last.repeat(1, T)     # (1,T)
     all_stand = torch.full_like(rows.length, T)
 
     def call():
@@ -804,18 +798,11 @@ def step_seconds(model, T, prompt, ring=16, calls=64):
         warm_up(call)
         call = Captured(call)
     decoder.prefill(prompt, None)
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / calls
+    return seconds(lambda: [call() for _ in range(calls)], prompt.is_cuda) / calls
 
 
 def acceptance_for(gen, K):
-    """The chance P per token for which # Gen = (1 - P^(K+1)) / (1 - P), by bisection."""
+    """The chance P per token for which # Gen = 1 + P + ... + P^K, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(50):
         P = (low + high) / 2
@@ -823,68 +810,58 @@ def acceptance_for(gen, K):
     return low
 
 
-def bench_row(target, draft, words, K, gen, simulate, prompt, n_new, bandwidth):
-    """One line of the table. simulate: P, or None for the draft's real acceptance. -> dict"""
-    subset = None if words is None else torch.arange(words, device=prompt.device)
-    proposer = draft if hasattr(draft, "propose") else ModelDraft(draft, subset)
-    plain = generate(target, prompt, n_new)
-    fast = speculative_decode(target, proposer, prompt, n_new, K, simulate=simulate)
-    one, several = (step_seconds(target, T, prompt) for T in (1, K + 1))
-    floor = weight_bytes(target) / bandwidth
-    row = {"K": K, "simulated_acceptance": simulate, "paper_gen": gen,
-           "gen": fast.tokens_per_round, "plain_tokens_per_s": plain.tokens_per_second,
-           "share_of_streaming_floor": floor * plain.tokens_per_second,
-           "verify_over_step": several / one, "tokens_per_s": fast.tokens_per_second,
-           "speed_up": fast.tokens_per_second / plain.tokens_per_second}
-    if not hasattr(draft, "propose"):
-        ratio = weight_bytes(draft, words) / weight_bytes(target)
-        row |= {"draft_bytes_share": ratio, "bound": fast.tokens_per_round / (1.1 + K * ratio)}
-    return row
+def copy_bandwidth(device):
+    """Bytes per second, read plus written, of a copy that no cache holds."""
+    cuda = device.type == "cuda"
+    a, b = (torch.ones(2 ** (28 if cuda else 24), device=device) for _ in "ab")
+    return 8 * a.numel() / clock([lambda: b.copy_(a)], cuda)
 
 
 def bench(args, device):
-    """--bench: Tables 1 and 5 with random weights and simulated acceptance, or two given models."""
-    dtype, rows, built = torch.bfloat16 if device.type == "cuda" else torch.float32, [], {}
-    bandwidth, cuda = copy_bandwidth(device), device.type == "cuda"
-    sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
-    unknown = [s for s in sizes if s not in {row[0] for row in BENCH}]
-    require(not unknown, f"--sizes {','.join(unknown)}: none of 2.8b, 7b, 8b, tiny")
-    n_new, where = args.max_new_tokens, torch.cuda.get_device_name() if cuda else "CPU"
-    print(f"{where}, torch {torch.__version__}, {dtype}, copy {bandwidth / 1e9:.0f} GB/s; batch 1, "
-          f"{n_new} tokens; random weights, SIMULATED acceptance" * (not args.target))
-    print(f"{'target':<18}{'draft':<22}{'K':>2}{'#Gen':>6}{'plain/s':>9}{'floor':>7}{'verify':>8}"
-          f"{'spec/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
-    table = [r for r in BENCH if r[0] in sizes]
-    if args.target:
-        table = [(args.target, None, args.draft, args.draft_words, args.lookahead, None, None)]
-    for shape, share, spec, words, K, gen, paper in table:
-        if args.target:
-            target, tokenizer = load(shape, device)
-            draft = read_draft(spec, target, device)
-            prompt = encode(args.prompt, tokenizer, args.raw).to(device)[None]
-        else:
-            if (shape, share) not in built:             # one target in memory at a time
-                built = {(shape, share): random_model(shape, share, device, dtype,
-                                                      **({} if share else PURE))}
-            target = built[shape, share]
-            draft = LayerSubsetDraft(target, spec) if isinstance(spec, list) else random_model(
-                *spec, device, dtype, **({} if spec[1] else PURE))
-            prompt = torch.arange(1, 33, device=device)[None]
-        simulate = args.simulate_acceptance
-        if simulate is None and gen is not None:
-            simulate = acceptance_for(gen, K)
-        row = bench_row(target, draft, words, K, gen, simulate, prompt, n_new, bandwidth)
-        name = shape if share is None else f"{shape} {share:.0%} attention"
-        what = spec if isinstance(spec, str) else f"layers {spec}".replace(" ", "") if isinstance(
-            spec, list) else spec[0]
-        what += f" {words // 1024}k words" if words else ""
-        rows.append({"target": name, "draft": what, "paper_speed_up": paper, "device": where,
-                     "dtype": str(dtype), "copy_bytes_per_s": bandwidth,
-                     "torch": torch.__version__} | row)
-        print(f"{name:<18}{what:<22}{K:>2}{row['gen']:6.2f}{row['plain_tokens_per_s']:9.1f}"
-              f"{row['share_of_streaming_floor']:7.0%}{row['verify_over_step']:7.2f}x"
-              f"{row['tokens_per_s']:9.1f}{row['speed_up']:8.2f}x{row.get('bound', 0):6.2f}x"
-              + (f"{paper:6.2f}x" if paper else ""), flush=True)
+    """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
+
+    floor: share of the time in which the weights could at best be read. verify: a call of K + 1
+    tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
+    """
+    cuda, rows, built = device.type == "cuda", [], {}
+    dtype, sizes = torch.bfloat16 if cuda else torch.float32, args.sizes or (
+        "2.8b,7b,8b" if cuda else "tiny")
+    require(set(sizes.split(",")) <= {r[0] for r in BENCH}, f"--sizes {sizes}: want some of "
+            "2.8b,7b,8b,tiny")
+    bandwidth = copy_bandwidth(device)
+    about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
+             "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+    print(about, "random weights, SIMULATED acceptance", sep="\n")
+    print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
+          f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
+    prompt = torch.arange(1, 33, device=device)[None]
+    for shape, share, spec, words, K, gen, paper in BENCH:
+        if shape not in sizes.split(","):
+            continue
+        if (shape, share) not in built:                 # one target in memory at a time
+            built = {}
+            target = built[shape, share] = random_model(shape, share, device, dtype)
+            plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
+            one = step_seconds(target, 1, prompt)
+        layers = isinstance(spec, list)
+        draft = LayerSubsetDraft(target, spec) if layers else random_model(*spec, device, dtype)
+        P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
+        fast = speculative_decode(
+            target, ModelDraft(draft, words and torch.arange(words, device=device)), prompt,
+            args.max_new_tokens, K, simulate=P)
+        ratio = weight_bytes(draft, words) / weight_bytes(target)
+        row = {"target": f"{shape} {share:.0%} attention", "draft": (
+            f"layers {','.join(map(str, spec))}" if layers else spec[0]) + (
+            f", {words // 1024}k words" if words else ""), "K": K, "gen": fast.tokens_per_round,
+            "plain_tokens_per_s": plain, "share_of_floor": weight_bytes(target) / bandwidth * plain,
+            "verify_over_step": step_seconds(target, K + 1, prompt) / one,
+            "tokens_per_s": fast.tokens_per_second, "speed_up": fast.tokens_per_second / plain,
+            "bound": fast.tokens_per_round / (1.1 + K * ratio), "paper_speed_up": paper,
+            "simulated_acceptance": P, "paper_gen": gen, "draft_bytes_share": ratio}
+        rows.append(row | about)
+        print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
+              "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
+              "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
     return rows
 
 
@@ -893,14 +870,14 @@ KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
                  "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
                  "mamba 4096x16": ("mamba", 256, 64, 16, 16),
                  "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
-SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32), "mamba 256x16": ("mamba", 16, 8, 16, 16)}
+SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32),
+                "mamba 256x16": ("mamba", 16, 8, 16, 16)}
 
 
 def kernel_inputs(layer, b, T, ring, device, dtype):
     """One layer's arguments of `multi_step`, up to the rings."""
-    (mixer, H, G, P, N), like = layer, dict(device=device, dtype=dtype)
-    p, n = (1, 1) if mixer == "mamba2" else (P, N)
-    gx, wide, slots = G if mixer == "mamba2" else H, dict(device=device), 2 * ring
+    (mixer, H, G, P, N), like, wide = layer, dict(device=device, dtype=dtype), dict(device=device)
+    (p, n, gx), slots = (1, 1, G) if mixer == "mamba2" else (P, N, H), 2 * ring
     return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),
             torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),
             -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3, torch.randn(H, p, **wide),
@@ -924,7 +901,7 @@ def flush_cycle(T, ring):
 def bench_kernel(args, device):
     """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
 
-    On CUDA one graph runs a whole flush cycle on rotated buffers, more than the L2 holds.
+    The mean over a whole flush cycle; on CUDA one graph, on rotated buffers that exceed the L2.
     """
     cuda, rows = device.type == "cuda", []
     dtype, least = (torch.bfloat16, 150 << 20) if cuda else (torch.float32, 0)
@@ -933,49 +910,43 @@ def bench_kernel(args, device):
         for b in (1, 8, 64, 256) if cuda else (1, 8):
             size = 4 * b * layer[1] * layer[3] * layer[4]
             copies = max(1, min(64, -(-least // size)))
-            pairs = [tuple(torch.empty(size // 4, device=device) for _ in "ab") for _ in range(copies)]
-            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs]) / copies
-            del pairs
+            pairs, one = [torch.empty(2, size // 4, device=device) for _ in range(copies)], 0.0
+            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs], cuda) / copies
             for T in range(1, 17):
                 ring = 16 if T <= 8 else 32
                 sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
-                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32, device=device)
+                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32).to(device)
                           for i, j in flush_cycle(T, ring)]
                 calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=ring)
                          for c in counts for s in sets]
-                spent = clock(calls) / len(calls)
+                spent = clock(calls, cuda) / len(calls)
                 one = spent if T == 1 else one
                 rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
                              "us_single_steps": 1e6 * T * one, "us_copy": 1e6 * copied})
-                print(f"{name:<20}{b:>6}{T:>4}{1e6 * spent:10.1f}{1e6 * T * one:10.1f}"
-                      f"{1e6 * copied:9.1f}", flush=True)
+                print("{layer:<20}{batch:>6}{T:>4}{us:10.1f}{us_single_steps:10.1f}{us_copy:9.1f}"
+                      .format(**rows[-1]), flush=True)
     return rows
 
 
-def plot(rows, path, kernel):
-    """A picture of `bench_kernel`'s or `bench`'s rows."""
+def plot(rows, path):
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    if kernel:
-        names = sorted({(r["layer"], r["batch"]) for r in rows})
-        figure, axes = plt.subplots(1, len({n for n, _ in names}), figsize=(14, 4), squeeze=False)
-        for axis, layer in zip(axes[0], sorted({n for n, _ in names})):
-            for b in sorted({r["batch"] for r in rows}):
-                part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
-                line, = axis.plot([r["T"] for r in part], [r["us"] / r["T"] for r in part], "o-",
-                                  label=f"batch {b}")
-                axis.axhline(part[0]["us"], color=line.get_color(), ls=":", lw=1)
+    panels = list(dict.fromkeys(r.get("layer") for r in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9 if panels == [None] else 16, 4.5))
+    for axis, layer in zip([axes] if len(panels) == 1 else axes, panels):
+        if layer is None:
+            labels = [f"{r['target']}, {r['draft']}, K = {r['K']}" for r in rows]
+            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
+            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=18,
+                      label="paper")
+            axis.set(xlabel="speed-up over plain decoding")
+        for b in dict.fromkeys(r["batch"] for r in rows if layer):
+            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+            axis.plot([r["T"] for r in part], [r["us"] / r["T"] for r in part], "o-",
+                      label=f"batch {b}")
             axis.set(title=layer, xlabel="tokens per call T", yscale="log", ylabel="us per token")
-            axis.legend()
-    else:
-        figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 2))
-        labels = [f"{r['target']}, {r['draft']}, K={r['K']}" for r in rows]
-        axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
-        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=18,
-                  label="paper")
-        axis.set(xlabel="speed-up over plain decoding")
-        axis.invert_yaxis()
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -990,55 +961,53 @@ def needle(args, device):
     """--needle: is a number found again, hidden at some depth of a long text? -> rows"""
     from pydoc_data.topics import topics
     model, tokenizer = load(args.target, device)
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]   # noqa: E731
-    hay, rows = ids("\n".join(topics[k] for k in sorted(topics))), []
-    lengths = [int(v) for v in args.lengths.split(",")]
-    depths = [float(v) for v in args.depths.split(",")]
-    require(all(n >= 64 for n in lengths) and all(0 <= d <= 1 for d in depths),
-            f"--lengths {args.lengths} must be at least 64, --depths {args.depths} within 0..1")
+    hay, rows = encode("\n".join(topics[k] for k in sorted(topics)), tokenizer, raw=True), []
+    try:
+        lengths = [int(v) for v in args.lengths.split(",")]
+        depths = [float(v) for v in args.depths.split(",")]
+    except ValueError:
+        lengths = depths = [-1]
+    require(min(lengths) >= 64 and 0 <= min(depths) <= max(depths) <= 1, f"--lengths "
+            f"{args.lengths} must be numbers of at least 64, --depths {args.depths} within 0..1")
     print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
           f"{'length':>8}" + "".join(f"{d:7.0%}" for d in depths))
     draw = torch.Generator().manual_seed(args.seed)
+    ask = encode("\nWhat is the magic number? The magic number is", tokenizer, raw=True)
     for length in lengths:
         for depth in depths:
-            right = 0
+            found = 0
             for _ in range(args.trials):
                 secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
-                fact = ids(f"\nThe magic number is {secret}. Remember it.\n")
-                ask = ids("\nWhat is the magic number? The magic number is")
+                fact = encode(f"\nThe magic number is {secret}.\n", tokenizer, raw=True)
                 room = length - len(fact) - len(ask)
-                first = int(torch.randint(max(1, len(hay) - room), (), generator=draw))
-                text = (hay[first:] + hay * (1 + room // len(hay)))[:room]
+                first = int(torch.randint(len(hay), (), generator=draw))
+                text = hay.roll(-first).repeat(1 + room // len(hay))[:room]
                 cut = int(depth * room)
-                prompt = torch.tensor(text[:cut] + fact + text[cut:] + ask, device=device)
-                answer = tokenizer.decode(generate(model, prompt, 12).tokens[0])
-                right += secret in answer
-            rows.append({"length": length, "depth": depth, "found": right / args.trials})
-        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(depths):]), flush=True)
+                prompt = torch.cat([text[:cut], fact, text[cut:], ask]).to(device)
+                found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
+            rows.append({"length": length, "depth": depth, "found": found / args.trials})
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(depths):]),
+              flush=True)
     return rows + cache_table(model.config)
 
 
 def cache_table(config):
     """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
-    fields = (config.teacher_config() if hasattr(config, "teacher_config") else config).to_dict()
-    L, kind, rows = fields["num_hidden_layers"], fields.pop("model_type"), []
-    print("\ncache of one row, MiB (share of the teacher's)\n" + f"{'attention':>10}" + "".join(
-        f"{n:>18,}" for n in (1024, 8192, 65536)))
+    config = config.teacher_config() if hasattr(config, "teacher_config") else config
+    sizes, rows = (1024, 8192, 65536), []
+    print("\ncache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
+        f"{n:>18,}" for n in sizes))
     for share in (1.0, 0.5, 0.25, 0.0):
-        own = mamba_in_llama.HybridConfig(
-            **{k: v for k, v in fields.items() if k not in ("architectures", "dtype")},
-            teacher_type=kind, attn_layers=mamba_in_llama.attention_layers(share, L),
-            **mamba_in_llama.RECIPES["near_linear"])
         with torch.device("meta"):
-            model = mamba_in_llama.HybridForCausalLM(own).to(torch.bfloat16)
-        line = f"{share:>10.0%}"
-        for n in (1024, 8192, 65536):
-            layers = MixerCache.allocate(model, 1, n).layers
-            size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors())
-            rows.append({"attention": share, "tokens": n, "cache_bytes": size})
-            teacher = next(r["cache_bytes"] for r in rows if r["tokens"] == n)
-            line += f"{size / 2 ** 20:11.1f} ({size / teacher:4.0%})"
-        print(line)
+            model = mamba_in_llama.HybridForCausalLM(hybrid_config(
+                config.to_dict(), config.model_type, share)).to(torch.bfloat16)
+        for n in sizes:
+            layers = MixerCache.allocate(model, 1, n, ring=1).layers
+            rows.append({"attention": share, "tokens": n, "cache_bytes": sum(
+                t.numel() * t.element_size() for layer in layers for t in layer.tensors())})
+        print(f"{share:>10.0%}" + "".join(
+            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['cache_bytes'] / teacher['cache_bytes']:4.0%})"
+            for r, teacher in zip(rows[-len(sizes):], rows)))
     return rows
 
 
@@ -1066,7 +1035,7 @@ def load(name, device):
 def read_draft(spec, target, device, words=None):
     """DIR, layers:0,10,20,29 or ngram:3 -> a draft; words: cut its head to the first so many ids
     (a BPE numbers its words roughly from the most frequent on)."""
-    kind, _, value = (spec or "ngram:3").partition(":")
+    kind, _, value = spec.partition(":")
     try:
         numbers = [int(v) for v in value.split(",")] if kind in ("layers", "ngram") else []
     except ValueError:
@@ -1081,11 +1050,11 @@ def read_draft(spec, target, device, words=None):
 
 
 def encode(text, tokenizer, raw=False):
-    """text -> ids (l,), through the chat template where there is one and `raw` does not forbid it."""
+    """text -> ids (l,), through the chat template where there is one, unless `raw`."""
     if tokenizer.chat_template and not raw:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                              add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     require(ids, "the prompt is empty")
     return torch.tensor(ids)
 
@@ -1098,59 +1067,59 @@ def painter(tokenizer):
         "{}", "[-{}-]", "{{+{}+}}")
 
     def show(rows, proposal, n, token):
-        if not rows.alive[0]:
-            return
-        drafted, n = proposal.tokens[0].tolist(), int(n[0])
-        parts = drafted[:n], drafted[n:], [int(token[0])]
-        words = [repr(tokenizer.decode(part))[1:-1] for part in parts]
-        print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
-            mark.format(word) for mark, word in zip(marks, words) if word))
+        if rows.alive[0]:
+            drafted, n = proposal.tokens[0].tolist(), int(n[0])
+            words = [repr(tokenizer.decode(part))[1:-1]
+                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
+            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
+                mark.format(word) for mark, word in zip(marks, words) if word))
 
     return show
 
 
 @torch.no_grad()
 def identical(target, prompt, plain, fast):
-    """"yes", or where the first difference is and how far apart the target's two logits are there."""
-    a, b = plain.tokens[0], fast.tokens[0]
-    n = min(len(a), len(b))
-    if len(a) == len(b) and torch.equal(a, b):
+    """"yes", or the first difference and how far apart the target's two logits are there."""
+    if torch.equal(plain, fast):
         return "yes"
-    i = int((a[:n] != b[:n]).int().argmax())
-    text = torch.cat([prompt, a[:i]])[None]
-    logits = target.get_output_embeddings()(mamba_in_llama.hidden_states(target, text)[0, -1])
-    return f"no: token {i} differs, logits {float((logits[a[i]] - logits[b[i]]).abs()):.2g} apart"
+    n = min(len(plain), len(fast))
+    i = int((plain[:n] != fast[:n]).int().argmax())
+    hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
+    a, b = target.get_output_embeddings()(hidden)[[plain[i], fast[i]]].tolist()
+    return f"no: token {i} differs, its logits are {abs(a - b):.2g} apart"
 
 
-def compare(target, drafts, prompt, tokenizer, args, ends, show=True):
+def compare(target, drafts, prompt, tokenizer, args, ends=None, show=True):
     """Plain decoding, then each draft (name, draft): the rounds, and one table. -> rows"""
     settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                     eos_token_id=ends)
 
-    def seeded():
-        return torch.Generator(prompt.device).manual_seed(args.seed)
+    def decode(draft, n_new=args.max_new_tokens, **more):
+        more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
+        if draft is None:
+            return generate(target, prompt, n_new, **settings, **more)
+        return speculative_decode(target, draft, prompt, n_new, args.lookahead, **settings, **more)
 
-    plain, rows = generate(target, prompt, args.max_new_tokens, generator=seeded(), **settings), []
+    plain = decode(None)
+    rows = [{"draft": "none", "K": 0, "gen": 1.0, "acceptance": 0.0, "speed_up": 1.0,
+             "tokens_per_s": plain.tokens_per_second, "identical": ""}]
     for name, draft in drafts:
         if show:
-            print(f"\n{name}: drafted tokens that stand, [those that fall], {{what the target says}}")
-            speculative_decode(target, draft, prompt, min(48, args.max_new_tokens), args.lookahead,
-                               generator=seeded(), on_round=painter(tokenizer), **settings)
-        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, args.lookahead,
-                                  generator=seeded(), **settings)
-        same = identical(target, prompt, plain, fast) if args.temperature == 0 else "sampled"
+            print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
+            decode(draft, min(48, args.max_new_tokens), on_round=painter(tokenizer))
+        fast = decode(draft)
+        same = "(sampled)" if args.temperature else identical(target, prompt, plain.tokens[0],
+                                                              fast.tokens[0])
         rows.append({"draft": name, "K": args.lookahead, "gen": fast.tokens_per_round,
                      "acceptance": fast.accepted / max(1, fast.drafted),
-                     "tokens_per_s": fast.tokens_per_second,
                      "speed_up": fast.tokens_per_second / max(plain.tokens_per_second, 1e-9),
-                     "identical": same})
+                     "tokens_per_s": fast.tokens_per_second, "identical": same})
     print("\n" + tokenizer.decode(fast.tokens[0], skip_special_tokens=True).strip() + "\n")
-    print(f"{'draft':<22}{'K':>3}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
-          f"  identical to plain decoding\n{'none':<22}{'':>3}{1:7.2f}{'':>10}"
-          f"{plain.tokens_per_second:10.1f}{1:9.2f}x")
-    for r in rows:
-        print(f"{r['draft']:<22}{r['K']:>3}{r['gen']:7.2f}{r['acceptance']:10.0%}"
-              f"{r['tokens_per_s']:10.1f}{r['speed_up']:9.2f}x  {r['identical']}")
+    print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
+          "  identical to plain decoding")
+    for row in rows:
+        print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
+              "{identical}".format(**row))
     return rows
 
 
@@ -1159,59 +1128,66 @@ def tiny(args, device):
     if not os.path.exists("tiny_run/mamba2/config.json"):
         mamba_in_llama.main(["--tiny"])
     target, tokenizer = load("tiny_run/mamba2", device)
+    text = "The standard exception classes that a program can"
+    starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
+    answers = torch.tensor(mamba_in_llama.sample(target, starts, 96, None))
     shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
-    prompt = "The standard exception classes that a program can"
-    tokens = mamba_in_llama.sample(target, [encode(prompt[:i], tokenizer).tolist()
-                                            for i in range(8, 40)] * 4, 96, None)
-    tokens = torch.tensor(tokens)
-    mamba_in_llama.distil("draft", shrunk, target, tokens, tokens, 150, lr=3e-3, alpha=0.1, beta=1.0)
-    drafts = [("layers 0,3, fine-tuned", ModelDraft(shrunk.eval())),
+    mamba_in_llama.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1,
+                          beta=1.0)
+    drafts = [("layers 0,3, fine-tuned", shrunk.eval()),
               ("layers 0,3", LayerSubsetDraft(target, [0, 3])), ("ngram:3", NGramDraft(3)),
               ("the teacher", load("tiny_run/teacher", device)[0]),
-              ("Mamba hybrid", load("tiny_run/mamba", device)[0])]
-    return compare(target, drafts, encode(args.prompt or prompt, tokenizer, args.raw).to(device),
-                   tokenizer, args, None)
+              ("the Mamba hybrid", load("tiny_run/mamba", device)[0])]
+    return compare(target, drafts, encode(args.prompt or text, tokenizer, args.raw).to(device),
+                   tokenizer, args)
 
 
 def make_draft(args, device):
-    """--make-draft layers:...: shrink and fine-tune on the target's own answers, save a directory."""
+    """--make-draft layers:...: shrink, fine-tune on the target's own answers, save. -> losses"""
     require(args.out and not (os.path.isdir(args.out) and os.listdir(args.out)),
             f"--out {args.out}: want a directory that is new or empty")
-    require(args.make_draft.startswith("layers:"), f"--make-draft {args.make_draft}: want layers:0,10")
+    require(args.make_draft.startswith("layers:"),
+            f"--make-draft {args.make_draft}: want layers:I,J")
     target, tokenizer = load(args.target, device)
     draft = copy.deepcopy(read_draft(args.make_draft, target, device).model)
     chat = mamba_in_llama.Chat(tokenizer)
-    defaults = mamba_in_llama.parse_args(["--teacher", args.target, "--out", args.out])
-    defaults.rows, defaults.length = args.rows, args.length
-    data = mamba_in_llama.real_data(target, chat, defaults)
+    data = mamba_in_llama.real_data(target, chat, mamba_in_llama.parse_args([
+        "--teacher", args.target, "--out", args.out, "--rows", str(args.rows),
+        "--length", str(args.length)]))
     history = mamba_in_llama.distil("draft", draft, target, *data.train, 10 ** 9, lr=args.lr,
                                     alpha=0.1, beta=1.0, seconds=60 * args.minutes)
     mamba_in_llama.save(draft.eval(), chat, args.out)
-    print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved {args.out}")
+    first, last = history[0][1], history[-1][1]
+    print(f"{len(history)} steps, loss {first:.3f} -> {last:.3f}; saved to {args.out}")
     return [{"step": step, "loss": loss} for step, loss in history]
 
 
+MODES = (tiny, bench, bench_kernel, needle, make_draft)
+
+
 def parse_args(argv):
+    """All flags; their defaults are in --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--tiny", action="store_true", help="every kind of draft on the hybrid in ./tiny_run")
-    add("--bench", action="store_true", help="Tables 1 and 5, or --target with --draft")
+    add("--bench", action="store_true", help="Tables 1 and 5: random weights, simulated acceptance")
     add("--bench-kernel", action="store_true", help="Figure 3: T tokens per call of the kernel")
     add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
     add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
-    add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder or an authors' checkpoint")
+    add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder, or the authors' format")
     add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
     add("--draft-words", type=int, help="cut the draft's head to the first so many words")
-    add("--prompt", help="the text to answer", default=None)
+    add("--prompt", metavar="TEXT", help="the text to answer")
     add("--raw", action="store_true", help="no chat template around the prompt")
     add("--lookahead", type=int, default=4, help="tokens drafted per round, K")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")
     add("--top-p", type=float, default=1.0, help="probability that is kept")
     add("--max-new-tokens", type=int, default=128, help="budget, tokens")
-    add("--simulate-acceptance", type=float, metavar="P", help="--bench: each token stands with P")
-    add("--sizes", help="--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)")
+    add("--simulate-acceptance", type=float, metavar="P",
+        help="--bench: each token stands with this chance (None: from the paper's # Gen)")
+    add("--sizes", help="--bench: some of 2.8b,7b,8b,tiny (None: what suits the device)")
     add("--lengths", default="512,1024,2048", help="--needle: tokens")
     add("--depths", default="0,0.25,0.5,0.75,1", help="--needle: 0 is the beginning")
     add("--trials", type=int, default=5, help="--needle: numbers per length and depth")
@@ -1226,9 +1202,13 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     P = args.simulate_acceptance
     require(P is None or 0 <= P <= 1, f"--simulate-acceptance {P} is outside 0..1")
+    for name in "lookahead", "max_new_tokens", "trials", "rows", "length", "minutes", "lr":
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
+                "be above 0")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
-    require(args.lookahead >= 1, f"--lookahead {args.lookahead} must be at least 1")
-    require(args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
     return args
@@ -1239,27 +1219,23 @@ def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    modes = [f for f in (tiny, bench, bench_kernel, needle, make_draft)
-             if getattr(args, f.__name__)]
-    require(len(modes) <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
     if modes:
         rows = modes[0](args, device)
     else:
-        require(args.target and args.prompt, "give --target and --prompt, or --tiny")
         target, tokenizer = load(args.target, device)
-        ends = getattr(target.generation_config, "eos_token_id", None)
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        draft = read_draft(args.draft, target, device, args.draft_words)
+        ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
         ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if tokenizer.chat_template and not args.raw:
             ends.append(mamba_in_llama.Chat(tokenizer).end)
-        draft = read_draft(args.draft, target, device, args.draft_words)
-        rows = compare(target, [(args.draft, draft)], encode(args.prompt, tokenizer, args.raw).to(
-            device), tokenizer, args, sorted(set(ends)), show=sys.stdout.isatty())
+        prompt = encode(args.prompt, tokenizer, args.raw).to(device)
+        rows = compare(target, [(args.draft, draft)], prompt, tokenizer, args, ends)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
     if args.plot:
-        plot(rows, args.plot, args.bench_kernel)
+        plot(rows, args.plot)
     return rows
 
 
