@@ -278,13 +278,14 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     y_t = (h_t C_t + D x_t) * silu(z_t). p' = n' = 1 is "mamba2", p' = P and n' = N is "mamba".
     counts int32 (3,b): base = tokens inside `state`, length = committed, pending = decoded since
     the last commit. The token of position s lives in slot s % slots of the rings, slots >=
-    2 * ring; ring_dt holds Delta. A row whose tokens would not fit, (length - base) + pending + T
-    > ring, folds base..length-1 into its `state` (the flush); other rows only read theirs. The
-    first n_valid (b,) of the T inputs are stored; y of the others means nothing. counts stay as
-    they are: the caller sets base = length in flushed rows and adds to pending.
+    2 * ring, zeros at first; ring_dt holds Delta. A row whose tokens would not fit,
+    (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
+    rows only read theirs. The first n_valid (b,) of the T inputs are stored; y of the others means
+    nothing. counts stay as they are: the caller sets base = length in flushed rows and adds to
+    pending.
 
     Bytes per row and call, u = input bytes, S = tokens since base, p = H or H P (Delta's size):
-    4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (3 H P + H N + Gx P
+    4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (2 H P + H N + Gx P
     + Gb N + p) + u (Gx P + Gb N) + 4 p) for the new tokens; a flush adds 4 H P N and no more.
     Mamba2 of an 8B Llama, bf16, T = 5: 2.0 MiB of state + 0.2 MiB; 4.0 + 0.2 with a flush.
 
@@ -325,12 +326,13 @@ def parallel_form(u, delta, B, C, A, state, fold):
     The first R tokens are old ones; those marked in `fold` (b,R) also enter the state.
     u (b,R+T,H,P)  delta (b,R+T,H,1)  B (b,R+T,H,N)  C (b,T,H,N) -> y (b,T,H,P)
     """
-    R = fold.shape[1]
+    R, T = fold.shape[1], C.shape[1]
     u, B, C, log_decay = (v.transpose(1, 2) for v in (u, B, C, delta[..., 0] * A[:, 0, 0]))
     cum = log_decay.cumsum(-1)                                          # (b,H,R+T)
     cum_t = cum[..., R:, None]                                          # (b,H,T,1)
     decay = (cum_t - cum[..., None, :]).clamp_(max=0).exp_()            # (b,H,T,R+T)
-    scores = (C @ B.mT * decay).tril(R)
+    scores = C @ B.mT * decay
+    scores = scores if T == 1 else scores.tril(R)
     y = scores @ u + cum_t.exp() * (C @ state.mT)                       # (b,H,T,P)
     if R:
         log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
@@ -397,7 +399,8 @@ def split_product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
-def old_and_new(ring_v, ring_width, slot, old, v, v_row, t, fresh, column, inside, DT: tl.constexpr):
+def old_and_new(ring_v, ring_width, slot, old, v, v_row, t, fresh, column, inside,
+                DT: tl.constexpr):
     """Rows of one input in the order of their positions: old ones from the ring, then new ones."""
     a = tl.load(ring_v + slot[:, None] * ring_width + column[None, :],
                 mask=old[:, None] & inside[None, :], other=0)           # (R,n)
@@ -412,7 +415,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
                   GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
                   N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
                   BT: tl.constexpr, BR: tl.constexpr):
-    """BP channels of one head of one row, the parallel form on tensor cores. BT >= T, BR >= ring."""
+    """BP channels of one head of one row by the parallel form. BT >= T, BR >= ring."""
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     n_old = length + tl.load(counts + 2 * b + row) - base               # tokens in the ring
@@ -521,7 +524,8 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
 
     # 1. replay; the checkpoint stays behind at the last committed token
     kept, committed, slot0 = h_t, length - base, base % slots
-    for first in range(0, n_old, BR):
+    first = 0
+    while first < n_old:
         for i in tl.static_range(BR):
             s = first + i
             slot = tl.where(slot0 + s < slots, slot0 + s, slot0 + s - slots)
@@ -531,6 +535,7 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
             B_s = tl.load(ring_B + slot * (GB * N), mask=in_n_s, other=0).to(tl.float32)
             h_t = tl.exp2(delta[:, None] * a) * h_t + (delta * x_s)[:, None] * B_s[None, :]
             kept = tl.where(s < committed, h_t, kept)
+        first += BR
 
     # 2. the new tokens
     ys, deltas = (), ()
@@ -568,7 +573,9 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
         BR = max(16, triton.next_power_of_2(ring))
         return min(low, 32), BR, 4 if BR == 16 else 8, 128 if large else None
     BR = min(triton.next_power_of_2(ring), 4 if large else 16)
-    return min(low, max(1, 256 // triton.next_power_of_2(N))), BR, 1, 168 if large else None
+    few = T <= 8                                    # the new tokens' inputs wait in registers
+    tile = (256 if few else 128) // triton.next_power_of_2(N)
+    return min(low, max(1, tile)), BR, 1, 168 if large and few else None
 
 
 def rows(v):
@@ -957,7 +964,7 @@ class Mixer(nn.Module):
         self.d_convolved = self.d_inner if self.per_channel else 2 * self.d_xb + self.d_inner
         if config.conv != "none":
             self.conv1d = nn.Conv1d(self.d_convolved, self.d_convolved, self.d_conv,
-                                    groups=self.d_convolved, padding=self.d_conv - 1)
+                                    groups=self.d_convolved)
         if config.norm:
             self.norm_weight = nn.Parameter(torch.empty(self.d_inner))
 
@@ -1079,8 +1086,12 @@ class Mixer(nn.Module):
         else:
             convolved = raw
             if config.conv != "none":
-                convolved = self.conv1d(raw.transpose(1, 2))[..., : raw.shape[1]].transpose(1, 2)
-                convolved = F.silu(convolved) if act else convolved
+                # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
+                past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
+                convolved = self.conv1d.bias + sum(
+                    past[:, w: w + raw.shape[1]] * self.conv1d.weight[:, 0, w]
+                    for w in range(self.d_conv))
+                convolved = (F.silu(convolved) if act else convolved).to(raw.dtype)
             x, B, C = self.heads_of(proj, convolved, position_embeddings)
             delta = F.softplus(dt.to(wide) + dt_bias)                          # (b,l,H,p')
             if token_mask is not None:              # padding: no write, no decay
@@ -1298,7 +1309,7 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": keep.sum()}
 
 
-def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=1024):
+def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=None):
     """`token_losses` from hidden states: logits exist for `chunk` labelled tokens at a time.
 
     Logits are made again in the backward pass, so memory is chunk x V, not tokens x V. Labels on
@@ -1306,6 +1317,7 @@ def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head
 
     hidden (b,l,D)  head (V,D)  labels (b,l) -> ce (n,), kl (n,), rows (n,) of the batch
     """
+    chunk = chunk or (4096 if hidden.is_cuda else 1024)
     where = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
     targets = labels[:, 1:].flatten()[where].to(hidden.device)
     rows = (where // (labels.shape[1] - 1)).to(hidden.device)
@@ -1324,7 +1336,7 @@ def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head
 
 
 def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
-                              alpha=1.0, beta=0.1, chunk=1024):
+                              alpha=1.0, beta=0.1, chunk=None):
     """Eq. 2 from hidden states (b,l,D) and head weights (V,D): `distillation_loss`'s twin."""
     ce, kl, _ = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
                                      teacher_head, chunk)
@@ -1518,7 +1530,29 @@ def mixer_parameters(student):
     return [p for mixer in student.mixers().values() for p in mixer.parameters()]
 
 
-def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
+@torch.no_grad()
+def fit_head_scales(mixer, u, rope, wanted):
+    """Scale each head's columns of out_proj so that the heads' sum fits attention best.
+
+    q.k without softmax has no natural size; this least squares over H numbers takes SmolLM2's
+    KL at the start from 12.6 to 3.0 nats.  u, wanted (b,l,D)
+    """
+    inner = []
+    hook = mixer.out_proj.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+    mixer.forward(u, position_embeddings=rope)
+    hook.remove()
+    y = inner[0].unflatten(-1, (mixer.H, -1)).flatten(0, 1)                     # (b l,H,P)
+    W = mixer.out_proj.weight.to(y.dtype).unflatten(1, (mixer.H, -1))           # (D,H,P)
+    heads = torch.einsum("thp,dhp->htd", y, W).flatten(1).float()               # (H,b l D)
+    with torch.autocast(u.device.type, enabled=False):
+        gram, target = heads @ heads.T, heads @ wanted.float().flatten()
+        ridge = 1e-3 * gram.diag().diag() + 1e-12 * torch.eye(len(gram), device=gram.device)
+        scales = torch.linalg.solve(gram + ridge, target)
+    mixer.out_proj.weight.mul_(scales.repeat_interleave(mixer.N))
+
+
+def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, calibrate=True,
+                 **options):
     """Stage 0: every mixer learns the teacher's attention output from the teacher's input.
 
     All layers at once, the teacher runs once per step and the student's trunk not at all; the
@@ -1551,6 +1585,11 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
     hooks = [teacher.model.layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True)
              for i in mixers]
     try:
+        if calibrate:
+            with torch.no_grad(), autocast(device):
+                hidden_states(teacher, tokens[:batch_size].to(device))
+                for i, mixer in mixers.items():
+                    fit_head_scales(mixer, *seen[i])
         return train("alignment", student, mixer_parameters(student), loss_of_step, steps, lr,
                      tokens_per_step=batch_size * tokens.shape[1], **options)
     finally:
