@@ -744,6 +744,11 @@ class MixerCache:
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         return cls(layers, counts, ring, max_length)
 
+    @property
+    def length(self):
+        """(b,) committed tokens per row."""
+        return self.counts[1]
+
     def reset(self):
         """Empty every row; the tensors stay where they are (a captured graph keeps working)."""
         for tensor in (self.counts, *chain(*self.layers)):
