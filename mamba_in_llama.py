@@ -1871,7 +1871,7 @@ def real_data(teacher, chat, args):
 # ---------------------------------------------------------------------------------------------
 
 # name of the stage: (share of the budget, learning rate as a multiple of --lr)
-STAGES = {"alignment": (0.40, 1.0), "stage 1": (0.10, 0.25), "stage 2": (0.47, 0.25),
+STAGES = {"alignment": (0.30, 1.0), "stage 1": (0.10, 0.25), "stage 2": (0.57, 0.25),
           "stage 3": (0.03, 0.01)}
 FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),

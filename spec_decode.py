@@ -1004,7 +1004,7 @@ def cache_table(config):
         for n in sizes:
             layers = MixerCache.allocate(model, 1, n, ring=1).layers
             rows.append({"attention": share, "tokens": n, "cache_bytes": sum(
-                t.numel() * t.element_size() for layer in layers for t in layer.tensors())})
+                t.numel() * t.element_size() for layer in layers for t in layer)})
         print(f"{share:>10.0%}" + "".join(
             f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['cache_bytes'] / teacher['cache_bytes']:4.0%})"
             for r, teacher in zip(rows[-len(sizes):], rows)))
