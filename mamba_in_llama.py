@@ -1233,10 +1233,11 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     weight = teacher.get_input_embeddings().weight
     eager = teacher.config._attn_implementation == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"
-    student = HybridForCausalLM(config).to(weight.dtype)
-    for name, target in student.named_parameters():             # fp32 whatever the teacher is
-        if name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict:
-            target.data = target.data.to(torch.promote_types(weight.dtype, torch.float32))
+    student = HybridForCausalLM(config)
+    for name, p in student.named_parameters():      # not .to(): it would round RoPE's frequencies
+        wide = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
+        p.data = p.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
+                           else weight.dtype)
     theirs = dict(teacher.named_parameters())
     for name, ours in student.named_parameters():
         if name in theirs:
