@@ -57,7 +57,8 @@ try:
     import triton.language as tl
 except ImportError:                       # no Triton on this platform: the PyTorch forms serve
     from types import SimpleNamespace
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=bool)
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # ---------------------------------------------------------------------------------------------
 # 1. Configuration: the teacher's own fields, plus ours. A recipe is a row of RECIPES.
