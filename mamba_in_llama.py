@@ -40,16 +40,26 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:
@@ -99,7 +109,7 @@ class HybridConfig(PreTrainedConfig):
     attn_layers: list | tuple = ()     # indices of the layers that stay attention
     mixer: str = "mamba2"              # "mamba": Delta and A per channel; "mamba2": per head
     recipe: str = "near_linear"        # name only, the fields below decide
-    d_state: int | None = None         # N = P of a mixer head; None = head_dim, else a divisor of it
+    d_state: int | None = None         # N = P of a mixer head; None = head_dim, or a divisor
     group_by_state: bool = False       # authors' Mamba: repeat K/V in runs of d_state, not per head
     attn_init: bool = True             # copy W_V, W_K, W_Q, W_O (Table 8 asks what that is worth)
     rope: bool = True                  # keep the rotary embedding on B and C (authors: dropped)
@@ -108,7 +118,7 @@ class HybridConfig(PreTrainedConfig):
     gate: str = "open"                 # y * silu(z): "open" starts at 1, "default" random, "none"
     norm: bool = False                 # Mamba2's gated RMSNorm per head (fixes the output scale)
     skip: float | None = 0.0           # D at the start; None: no skip at all
-    decay: str = "default"             # Mamba's spread; "slow": 3 to 1000 tokens; "none": Delta 1, A 0
+    decay: str = "default"             # Mamba's; "slow": 3..1000 tokens; "none": Delta 1, A 0
     d_conv: int = 4                    # taps of the causal depthwise convolution
 
     def teacher_config(self):
@@ -668,33 +678,28 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, 
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The cache: one checkpoint state and a ring of inputs per mixer, static K/V per attention.
+# 4. The cache: a checkpoint state and a ring of inputs per mixer, static K/V per attention.
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class MixerState:
-    """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks."""
+class MixerState(NamedTuple):
+    """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks.
+
+    Position s lives in slot s % slots of the rings.
+    """
 
     state: torch.Tensor                # (b,H,P,N) at least fp32, the checkpoint h_i
-    ring_x: torch.Tensor               # (b,slots,Gx,P) values; position s lives in slot s % slots
+    ring_x: torch.Tensor               # (b,slots,Gx,P) values
     ring_dt: torch.Tensor              # (b,slots,H,p') Delta, at least fp32
     ring_B: torch.Tensor               # (b,slots,G,N) keys, after convolution and RoPE
     ring_u: torch.Tensor               # (b,slots,c) the convolution's raw inputs
 
-    def tensors(self):
-        return [self.state, self.ring_x, self.ring_dt, self.ring_B, self.ring_u]
 
-
-@dataclass
-class AttentionState:
+class AttentionState(NamedTuple):
     """Keys and values by absolute position; rows rewind by their count, nothing is erased."""
 
     k: torch.Tensor                    # (b,G,max_length+1,head_dim), the last slot is a bin
     v: torch.Tensor                    # (b,G,max_length+1,head_dim)
-
-    def tensors(self):
-        return [self.k, self.v]
 
 
 class MixerCache:
@@ -710,10 +715,11 @@ class MixerCache:
     def __init__(self, layers, counts, ring, max_length):
         self.layers, self.counts = layers, counts
         self.ring, self.max_length = ring, max_length
+        self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids taken in, padding included
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
-        self.positions = None          # (b,T) where the call in progress writes, None in prefill
-        self.n_valid = None            # (b,) int32 real tokens per row of the call in progress
+        self.positions = None          # (b,T) where attention writes in the call in progress
+        self.n_valid = None            # (b,) int32 real tokens per row of that call
 
     @classmethod
     def allocate(cls, student, batch_size, max_length=None, ring=16):
@@ -724,13 +730,11 @@ class MixerCache:
         """
         require(batch_size >= 1 and ring >= 1, f"batch_size {batch_size} and ring {ring} must be "
                 "at least 1")
-        config, weight = student.config, student.get_input_embeddings().weight
+        weight = student.get_input_embeddings().weight
         like = dict(device=weight.device, dtype=weight.dtype)
-        context = getattr(config, "max_position_embeddings", None) or 2048
-        max_length = max_length or context
+        max_length = max_length or student.config.max_position_embeddings
         layers = []
-        for layer in student.model.layers:
-            mixer = layer.self_attn
+        for mixer in (layer.self_attn for layer in student.model.layers):
             if isinstance(mixer, Mixer):
                 layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
             else:
@@ -740,24 +744,15 @@ class MixerCache:
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         return cls(layers, counts, ring, max_length)
 
-    def __len__(self):
-        return len(self.layers)
-
     @property
     def length(self):
         """(b,) committed tokens per row."""
         return self.counts[1]
 
-    @property
-    def has_attention(self):
-        return any(isinstance(layer, AttentionState) for layer in self.layers)
-
     def reset(self):
         """Empty every row; the tensors stay where they are (a captured graph keeps working)."""
-        for layer in self.layers:
-            for tensor in layer.tensors():
-                tensor.zero_()
-        self.counts.zero_()
+        for tensor in (self.counts, *chain(*self.layers)):
+            tensor.zero_()
         self.columns = self.open = 0
 
     def commit(self, n_accepted):
@@ -774,39 +769,37 @@ class MixerCache:
         self.counts[2].zero_()
         self.open = 0
 
-    # what transformers asks of a cache ----------------------------------------------------------
-
     def update(self, k, v, layer_idx, *args, **kwargs):
-        """Write keys and values where `positions` says; return what the queries may look at.
+        """Called by an attention layer: write k, v where `positions` says, return what it may see.
 
         k, v (b,G,T,head_dim) -> k, v (b,G,columns,head_dim); in prefill the new ones alone
         """
         layer, rows = self.layers[layer_idx], torch.arange(k.shape[0], device=k.device)[:, None]
-        layer.k[rows, :, self.positions] = k.transpose(1, 2)
-        layer.v[rows, :, self.positions] = v.transpose(1, 2)
+        for kept, new in zip(layer, (k, v)):
+            kept[rows, :, self.positions] = new.transpose(1, 2)
         if self.columns == 0:
             return k, v
         return layer.k[:, :, : self.visible], layer.v[:, :, : self.visible]
 
     def reorder_cache(self, beam_idx):
         """Beam search: row i becomes what row beam_idx[i] was."""
-        for layer in self.layers:
-            for tensor in layer.tensors():
-                tensor.copy_(tensor.index_select(0, beam_idx))
+        for tensor in chain(*self.layers):
+            tensor.copy_(tensor.index_select(0, beam_idx))
         self.counts.copy_(self.counts.index_select(1, beam_idx))
 
     def get_seq_length(self, layer_idx=0):
+        """Asked by transformers, like the next two; decode brings its own positions and mask."""
         return self.columns
 
     def get_query_offset(self, layer_idx=0):
         return self.columns
 
     def get_mask_sizes(self, query_length, layer_idx=0):
-        return query_length, 0             # prefill only: decode brings its own 4-D mask
+        return query_length, 0
 
 
 def hidden_states(model, tokens, attention_mask=None, **kwargs):
-    """The last layer's normed output, of a hybrid or a plain decoder; no logits, no cache.
+    """The last layer's normed output, of a hybrid or a plain decoder; no logits.
 
     tokens (b,l)  attention_mask (b,l) or None -> (b,l,D)
     """
@@ -823,13 +816,12 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
 
     tokens (b,l)  attention_mask (b,l) or None -> logits (b,logits_to_keep,vocab), 0 keeps all
     """
-    b, l = tokens.shape
+    l, mask = tokens.shape[1], torch.ones_like(tokens) if attention_mask is None else attention_mask
     require(cache.columns == 0, f"prefill wants an empty cache, this one holds {cache.columns} "
             "columns")
     require(l >= 1, "the prompt is empty")
     require(not cache.has_attention or l <= cache.max_length, f"the prompt of {l} tokens is longer "
             f"than the {cache.max_length} that the attention layers' cache holds")
-    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
     require(mask.shape == tokens.shape, f"attention_mask {tuple(mask.shape)} does not fit tokens "
             f"{tuple(tokens.shape)}")
     if not tokens.is_cuda:
@@ -839,7 +831,7 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
     cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: to the bin
     cache.n_valid = mask.sum(-1, dtype=torch.int32)
     hidden = hidden_states(model, tokens, attention_mask, past_key_values=cache)
-    cache.counts[0] = cache.counts[1] = cache.n_valid
+    cache.counts[:2] = cache.n_valid
     cache.columns = l
     return model.get_output_embeddings()(hidden[:, -logits_to_keep:])
 
@@ -852,29 +844,27 @@ def decode(model, tokens, cache, n_valid=None):
 
     tokens (b,T)  n_valid (b,) int32 or None -> logits (b,T,vocab)
     """
-    b, T = tokens.shape
+    T, (base, length, pending) = tokens.shape[1], cache.counts
     require(T >= 1 and cache.open + T <= cache.ring, f"{cache.open} tokens since the last commit "
             f"and {T} more exceed the ring of {cache.ring}")
-    counts, device = cache.counts, tokens.device
-    base, length, pending = counts
     n_new = torch.full_like(length, T) if n_valid is None else n_valid.to(torch.int32)
-    steps = torch.arange(T, device=device)
+    steps = torch.arange(T, device=tokens.device)
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
-    inside = (steps < n_new[:, None]) & (positions < cache.max_length)
     cache.visible = cache.max_length
-    if not tokens.is_cuda:
-        cache.visible = min(cache.max_length, int(positions.max()) + 1)        # a free host read
-        require(not cache.has_attention or int((length + pending + n_new).max()) <=
-                cache.max_length, f"{int((length + pending + n_new).max())} tokens do not fit the "
-                f"{cache.max_length} that the attention layers' cache holds")
+    if cache.has_attention and not tokens.is_cuda:                             # a free host read
+        longest = int((length + pending + n_new).max())
+        require(longest <= cache.max_length, f"{longest} tokens do not fit the {cache.max_length} "
+                "that the attention layers' cache holds")
+        cache.visible = min(cache.max_length, int(positions.max()) + 1)
+    inside = (steps < n_new[:, None]) & (positions < cache.max_length)
     cache.positions = positions.masked_fill(~inside, cache.max_length)
     cache.n_valid = n_new
-    cache.columns = max(cache.columns, 1)                                       # no longer empty
+    cache.columns = max(cache.columns, 1)                                      # no longer empty
     hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
                          attention_mask=decode_masks(model, positions, cache), use_cache=True)
-    flush = length - base + pending + T > cache.ring                            # as multi_step did
-    counts[0] = torch.where(flush, length, base)
-    counts[2] += n_new
+    flush = length - base + pending + T > cache.ring                           # as multi_step did
+    cache.counts[0] = torch.where(flush, length, base)
+    cache.counts[2] += n_new
     cache.open += T
     return model.get_output_embeddings()(hidden.last_hidden_state)
 
@@ -887,22 +877,16 @@ def decode_masks(model, positions, cache):
     """
     if not cache.has_attention:
         return None
-    config, keys = model.config, torch.arange(cache.visible, device=positions.device)
-    full = keys <= positions[:, None, :, None]
-
-    def finish(mask):
-        if getattr(model.model.config, "_attn_implementation", "sdpa") != "eager":
-            return mask
+    config, t = model.model.config, positions[:, None, :, None]
+    keys = torch.arange(cache.visible, device=positions.device)
+    window = getattr(config, "sliding_window", None) or cache.max_length
+    masks = {"full_attention": keys <= t, "sliding_attention": (keys <= t) & (keys > t - window)}
+    if config._attn_implementation == "eager":
         dtype = model.get_input_embeddings().weight.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(dtype).min)
-
-    window = getattr(config, "sliding_window", None)
-    near = full & (keys > positions[:, None, :, None] - window) if window else full
-    types = set(getattr(config, "layer_types", None) or [])
-    if "sliding_attention" in types:
-        return {"full_attention": finish(full), "sliding_attention": finish(near)}
-    return finish(near)
+        masks = {name: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min) for name, mask in masks.items()}
+    mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return masks if mixed else masks["sliding_attention"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -914,18 +898,6 @@ def apply_rope(v, cos, sin):
     """Rotary embedding in Llama's half-split layout. v (b,l,heads,head_dim), cos (.,l,head_dim)"""
     first, second = v.chunk(2, -1)
     return v * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
-
-
-def expand_groups(v, heads, runs):
-    """Repeat each key/value head for the query heads that share it, at head granularity.
-
-    A head cut into `runs` pieces of d_state columns keeps its pieces together.
-
-    v (b,l,G,n) -> (b,l,heads,n)
-    """
-    b, l, G, n = v.shape
-    v = v.reshape(b, l, G // runs, 1, runs, n).expand(-1, -1, -1, heads // G, -1, -1)
-    return v.reshape(b, l, heads, n)
 
 
 class Mixer(nn.Module):
@@ -1058,11 +1030,11 @@ class Mixer(nn.Module):
         if not self.per_channel:
             return proj[..., self.rows["x"].start: self.rows["C"].stop]
         x = proj[..., self.rows["x"]].unflatten(-1, (-1, self.N))
-        return expand_groups(x, self.H, self.runs).flatten(-2)
+        return to_heads(x, self.H, self.runs).flatten(-2)
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None,
                 past_key_values=None, token_mask=None, **kwargs):
-        """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None) as attention does."""
+        """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
         cache, config = past_key_values, self.config
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
@@ -1098,7 +1070,7 @@ class Mixer(nn.Module):
             delta = F.softplus(dt.to(wide) + dt_bias)                          # (b,l,H,p')
             if token_mask is not None:              # padding: no write, no decay
                 delta = delta * token_mask[..., None, None]
-            x, B = (expand_groups(v, self.H, self.runs) for v in (x, B))
+            x, B = (to_heads(v, self.H, self.runs) for v in (x, B))
             y, state = chunked_scan(x, delta, A, B, C)                         # (b,l,H,P)
             if D is not None:
                 y = y + (D * x).to(y.dtype)
@@ -1250,7 +1222,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     check_teacher(teacher, d_state)
     L = len(teacher.model.layers)
     keep = list(range(1, L, 2)) if attn_layers is None else [int(i) for i in attn_layers]
-    require(all(0 <= i < L for i in keep), f"attention layers {keep}: indices must be in 0..{L - 1}")
+    require(all(0 <= i < L for i in keep), f"attention layers {keep} are not in 0..{L - 1}")
     require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
     fields = {**RECIPES[recipe], **switches}
     fields["norm"] = fields["norm"] and mixer == "mamba2"       # Mamba has no such norm
@@ -1259,7 +1231,8 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
                           teacher_type=teacher.config.model_type, attn_layers=sorted(keep),
                           mixer=mixer, recipe=recipe, d_state=d_state, **fields)
     weight = teacher.get_input_embeddings().weight
-    config._attn_implementation = "eager" if teacher.config._attn_implementation == "eager" else "sdpa"
+    eager = teacher.config._attn_implementation == "eager"
+    config._attn_implementation = "eager" if eager else "sdpa"
     student = HybridForCausalLM(config).to(weight.dtype)
     for name, target in student.named_parameters():             # fp32 whatever the teacher is
         if name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict:
@@ -1397,11 +1370,11 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     for i in range(0, len(tokens), batch_size):
         part = labels[i:i + batch_size]
         with autocast(device):
-            s, t = (hidden_states(m, tokens[i:i + batch_size].to(device))[:, :-1] for m, _ in modes)
-            keep = (part[:, 1:] != -100).to(device)
-            y = part[:, 1:].to(device)[keep]
-            for s, t, y in zip(s[keep].split(1024), t[keep].split(1024), y.split(1024)):
-                s, t = s @ heads[0].T, t @ heads[1].T
+            keep, batch = part[:, 1:] != -100, tokens[i:i + batch_size].to(device)
+            both = [hidden_states(m, batch)[:, :-1][keep.to(device)] for m, _ in modes]
+            targets = part[:, 1:][keep].to(device)
+            for *h, y in zip(*(v.split(1024) for v in (*both, targets))):
+                s, t = (x @ head.T for x, head in zip(h, heads))
                 ce, kl = token_losses(s, t, y)
                 ce_t, _ = token_losses(t, None, y)
                 agree = s.argmax(-1) == t.argmax(-1)
@@ -1425,7 +1398,7 @@ def autocast(device):
 
 
 class Progress:
-    """Where a run stands, on disk: written atomically, so a kill loses the last part-step at most.
+    """Where a run stands, on disk, written atomically: a kill costs no more than `every` seconds.
 
     SIGTERM and Ctrl-C finish the step in progress, write, and stop with exit code 3.
     """
@@ -1433,16 +1406,13 @@ class Progress:
     def __init__(self, folder=None, every=60.0, resume=False):
         self.path = folder and os.path.join(folder, "progress.pt")
         self.every, self.written, self.stop = every, time.monotonic(), False
-        self.state = {"finished": [], "report": {}}
+        self.state = {"finished": [], "rows": []}
         if resume:
             require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
             self.state = torch.load(self.path, map_location="cpu", weights_only=True)
         if self.path:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, *_):
-        self.stop = True
+                signal.signal(number, lambda *_: setattr(self, "stop", True))
 
     def due(self):
         """Is it time to write?"""
@@ -1460,6 +1430,11 @@ class Progress:
             sys.exit(3)
 
 
+def progress_bar(things, name, **options):
+    """tqdm with the project's settings; silent where stderr is not a terminal."""
+    return tqdm(things, desc=f"{name:<10}", leave=False, disable=not sys.stderr.isatty(), **options)
+
+
 def batch_rows(n, batch_size, step, seed=0):
     """The rows of one step: shuffled epochs; depends on (seed, step) alone, so runs resume.
 
@@ -1468,8 +1443,7 @@ def batch_rows(n, batch_size, step, seed=0):
     first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n
     order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(
         seed * 1_000_003 + epoch)) for epoch in range(first, last + 1)])
-    start = step * batch_size - first * n
-    return order[start:start + batch_size]
+    return order[step * batch_size - first * n:][:batch_size]
 
 
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
@@ -1482,52 +1456,51 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
     -> list of (step, loss)
     """
     progress, history, first, spent = progress or Progress(), [], 0, 0.0
-    for p in student.parameters():
-        p.requires_grad_(False)
+    student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    device = parameters[0].device
+    on_cuda = parameters[0].is_cuda
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=device.type == "cuda")
+                                  fused=on_cuda)
     if progress.state.get("stage") == name:                                    # go on inside
         optimizer.load_state_dict(progress.state["optimizer"])
         first, history, spent = (progress.state[k] for k in ("step", "history", "spent"))
-    start = time.monotonic() - spent
-    bar = tqdm(total=steps, initial=first, desc=f"{name:<10}", unit="step", leave=False,
-               disable=None if sys.stderr.isatty() else True)
-    losses = []
-    for step in range(first, steps):
-        share = step / steps if seconds is None else (time.monotonic() - start) / seconds
-        if share >= 1:
+    start, losses = time.monotonic() - spent, []
+    bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
+    for step in bar:
+        done = step / steps if seconds is None else (time.monotonic() - start) / seconds
+        if done >= 1:
             break
-        ramp = min(1.0, (step + 1) / max(1, warmup * steps)) if seconds is None else min(
-            1.0, share / warmup + 1e-3)
+        ramp = min(1.0, (done + 1 / steps) / warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
         loss = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         losses.append(loss.detach())
         # on CUDA looking at the loss waits for the device, so look at ten at a time
-        look = device.type == "cpu" or step % 10 == 9 or step == steps - 1 or progress.due()
-        if look:
+        if not on_cuda or step % 10 == 9 or step == steps - 1 or progress.due():
             values = torch.stack(losses).tolist()
             if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1} of "
-                                         f"{steps}; the last good checkpoint stands")
+                raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1}; "
+                                         "the last good checkpoint stands")
             history += zip(range(step + 1 - len(values), step + 1), values)
             losses = []
             rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
             bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
         optimizer.step()
-        bar.update()
-        if look and progress.due():
+        if not losses and progress.due():
             progress.write(stage=name, step=step + 1, history=history, student=student.state_dict(),
                            optimizer=optimizer.state_dict(), spent=time.monotonic() - start)
     bar.close()
     student.requires_grad_(True)
     return history
+
+
+def mixer_parameters(student):
+    """What stage 1 trains: the new mixers, nothing else."""
+    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
 
 
 @contextmanager
@@ -1543,16 +1516,11 @@ def compiled_layers(*models, enabled):
             layer._compiled_call_impl = None
 
 
-def mixer_parameters(student):
-    """What stage 1 trains: the new mixers, nothing else."""
-    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
-
-
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
     """Stage 0: every mixer learns the teacher's attention output from the teacher's input.
 
     All layers at once, the teacher runs once per step and the student's trunk not at all; the
-    loss is the mean over layers of |mixer - attention|^2 / |attention|^2.
+    loss is the mean over layers of |mixer - attention|^2 / |attention|^2. options: see `train`.
 
     tokens (n,l) -> list of (step, loss)
     """
@@ -1565,16 +1533,16 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
         return hook
 
     def loss_of_step(step):
-        rows = batch_rows(len(tokens), batch_size, step)
         with autocast(device):
             with torch.no_grad():
+                rows = batch_rows(len(tokens), batch_size, step)
                 hidden_states(teacher, tokens[rows].to(device))
             loss = 0.0
             for i, mixer in mixers.items():
                 u, rope, wanted = seen[i]
                 y = mixer(u, position_embeddings=rope)[0].float()
                 loss = loss + (y - wanted).pow(2).sum() / wanted.float().pow(2).sum()
-        return loss / max(1, len(mixers))
+        return loss / len(mixers)
 
     if not mixers or steps == 0:
         return []
@@ -1592,21 +1560,19 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
            beta=0.1, only_mixers=False, **options):
     """Stages 1 and 2: Eq. 2 on labelled tokens; beta = 0 is plain supervised fine-tuning.
 
-    tokens, labels (n,l) -> list of (step, loss)
+    tokens, labels (n,l); options: see `train` -> list of (step, loss)
     """
-    device, head = student.get_input_embeddings().weight.device, student.get_output_embeddings()
+    device = student.get_input_embeddings().weight.device
+    heads = [m.get_output_embeddings().weight for m in (student, teacher)]
 
     def loss_of_step(step):
         rows = batch_rows(len(tokens), batch_size, step)
         batch = tokens[rows].to(device)
         with autocast(device):
-            t = None
-            if beta:
-                with torch.no_grad():
-                    t = hidden_states(teacher, batch)
-            return chunked_distillation_loss(
-                hidden_states(student, batch), t, head.weight,
-                teacher.get_output_embeddings().weight, labels[rows], alpha, beta)[0]
+            with torch.no_grad():
+                t = hidden_states(teacher, batch) if beta else None
+            return chunked_distillation_loss(hidden_states(student, batch), t, *heads,
+                                             labels[rows], alpha, beta)[0]
 
     parameters = mixer_parameters(student) if only_mixers else list(student.parameters())
     long = steps > 500 if options.get("seconds") is None else options["seconds"] > 90
@@ -1617,9 +1583,11 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
 
 def preference_logps(model, tokens, labels):
     """`sequence_logps` without ever holding all logits. tokens, labels (b,l) -> (b,)"""
-    ce, _, rows = chunked_token_losses(hidden_states(model, tokens),
-                                       model.get_output_embeddings().weight, labels)
-    return torch.zeros(len(tokens), dtype=ce.dtype, device=ce.device).index_add(0, rows, -ce)
+    device = model.get_input_embeddings().weight.device
+    with autocast(device):
+        ce, _, rows = chunked_token_losses(hidden_states(model, tokens.to(device)),
+                                           model.get_output_embeddings().weight, labels)
+    return ce.new_zeros(len(tokens)).index_add(0, rows, -ce)
 
 
 def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0.1, **options):
@@ -1627,15 +1595,12 @@ def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0
 
     -> list of (step, loss)
     """
-    device = student.get_input_embeddings().weight.device
-
     def loss_of_step(step):
         rows = batch_rows(len(chosen[0]), batch_size, step)
-        pairs = [(tokens[rows].to(device), labels[rows]) for tokens, labels in (chosen, rejected)]
-        with autocast(device):
-            with torch.no_grad():
-                reference = [preference_logps(teacher, *pair) for pair in pairs]
-            policy = [preference_logps(student, *pair) for pair in pairs]
+        pairs = [(tokens[rows], labels[rows]) for tokens, labels in (chosen, rejected)]
+        with torch.no_grad():
+            reference = [preference_logps(teacher, *pair) for pair in pairs]
+        policy = [preference_logps(student, *pair) for pair in pairs]
         return dpo_loss(*policy, *reference, beta)[0].mean()
 
     return train("stage 3", student, list(student.parameters()), loss_of_step, steps, lr,
@@ -1645,14 +1610,11 @@ def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0
 @torch.no_grad()
 def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
     """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
-    device, right = student.get_input_embeddings().weight.device, 0
+    right = 0
     for i in range(0, len(chosen[0]), batch_size):
-        margin = 0
-        for (tokens, labels), sign in ((chosen, 1), (rejected, -1)):
-            tokens, labels = tokens[i:i + batch_size].to(device), labels[i:i + batch_size]
-            with autocast(device):
-                margin = margin + sign * (preference_logps(student, tokens, labels)
-                                          - preference_logps(teacher, tokens, labels))
+        w, l = ([v[i:i + batch_size] for v in side] for side in (chosen, rejected))
+        margin = (preference_logps(student, *w) - preference_logps(teacher, *w)
+                  - preference_logps(student, *l) + preference_logps(teacher, *l))
         right += int((margin > 0).sum())
     return right / max(1, len(chosen[0]))
 
@@ -1665,14 +1627,25 @@ JSONL_ROWS = {"prompts": ({"prompt"},), "sft": ({"prompt", "response"}, {"messag
               "preferences": ({"prompt", "chosen", "rejected"},)}
 
 
+@dataclass
+class Data:
+    """Everything a story trains and is judged on; pairs are (tokens, labels), each (n,l)."""
+
+    train: tuple                       # the teacher's own answers (pseudo-labels)
+    heldout: tuple                     # the same, never trained on
+    sft: tuple = None                  # stage 2's answers; None: the pseudo-labels again
+    human: tuple = None                # held-out answers that people wrote
+    chosen: tuple = None               # stage 3; None: the teacher's answers against
+    rejected: tuple = None             # the student's own
+    questions: tuple = ()              # held-out prompts (ids) to show
+
+
 def read_jsonl(path, kind):
     """Rows of a JSONL file of `kind` (see JSONL_ROWS); ValueError names the file and the line."""
     require(os.path.isfile(path), f"{path}: no such file")
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -1692,23 +1665,25 @@ class Chat:
     def __init__(self, tokenizer):
         require(tokenizer.chat_template, "the tokenizer has no chat template")
         self.tokenizer, mark = tokenizer, "@@@"
-        user = self.render([{"role": "user", "content": mark}])
-        both = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
-        asked = self.render([{"role": "user", "content": mark}], add_generation_prompt=True)
+        turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+        user, asked = self.render(turns[:1]), self.render(turns[:1], add_generation_prompt=True)
         self.user_start = self.ids(user.split(mark)[0])         # all before a first user message
         self.answer_start = self.ids(asked[len(user):])         # the header of an answer
-        self.end = self.ids(both.split(mark)[1])[0]             # the token that ends an answer
+        self.end = self.ids(self.render(turns).split(mark)[2])[0]       # ends an answer
 
     def render(self, messages, **kwargs):
+        """A conversation as text."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def ids(self, text):
+        """Text as token ids, nothing added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt(self, text):
-        """The ids of a user's message, ready to be answered."""
-        return self.ids(self.render([{"role": "user", "content": text}],
-                                    add_generation_prompt=True))
+    def pair(self, prompt, answer=""):
+        """A prompt (text, or messages) and its answer -> prompt ids, answer ids with the end."""
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return (self.ids(self.render(turns, add_generation_prompt=True)),
+                self.ids(answer) + [self.end])
 
     def label(self, tokens):
         """Labels for the answers in `tokens` (n,l), found by their header; -100 elsewhere."""
@@ -1726,12 +1701,12 @@ class Chat:
 
         Right padding is never attended to by what counts and carries no label.
         """
-        pairs = [(list(p), list(a)) for p, a in pairs]
+        pairs = list(pairs)
         l = min(length, max(len(p) + len(a) for p, a in pairs))
         tokens = torch.full((len(pairs), l), self.end)
         labels = torch.full((len(pairs), l), -100)
         for i, (p, a) in enumerate(pairs):
-            row = torch.tensor(p + a)[:l]
+            row = torch.tensor((list(p) + list(a))[:l])
             tokens[i, :len(row)] = row
             labels[i, len(p):len(row)] = row[len(p):]
         return tokens, labels
@@ -1746,53 +1721,65 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     """
     device, answers = model.get_input_embeddings().weight.device, []
     torch.manual_seed(seed)
+    never = model.config.vocab_size                 # None would mean the model's own end token
     settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k,
-                                max_new_tokens=n_new, eos_token_id=end, pad_token_id=0)
-    for i in tqdm(range(0, len(prompts), batch_size), desc=f"{name:<10}", unit="batch",
-                  leave=False, disable=None if sys.stderr.isatty() else True):
+                                max_new_tokens=n_new, pad_token_id=0,
+                                eos_token_id=never if end is None else end)
+    for i in progress_bar(range(0, len(prompts), batch_size), name, unit="batch"):
         part = prompts[i:i + batch_size]
         l = max(map(len, part))
         tokens = torch.tensor([[0] * (l - len(p)) + list(p) for p in part], device=device)
         mask = torch.tensor([[0] * (l - len(p)) + [1] * len(p) for p in part], device=device)
         out = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, l:]
-        for row in out.tolist():
-            answers.append(row[:row.index(end) + 1] if end in row else row)
+        answers += [row[:row.index(end) + 1] if end in row else row for row in out.tolist()]
     return answers
 
 
-def tiny_world(seconds_left=None):
-    """A tokenizer, question/answer pairs and a teacher from text that ships with Python.
+def own_preferences(student, chat, data, n, length):
+    """Pairs for stage 3 without a file: the teacher's first answers against the student's own.
+
+    -> (tokens, labels) chosen, (tokens, labels) rejected
+    """
+    prompts, answers = [], []
+    for tokens, labels in zip(*(v[:n] for v in data.train)):
+        first = int((labels != -100).nonzero()[0])
+        rest = (labels[first:] == -100).nonzero()
+        last = first + int(rest[0]) if len(rest) else len(labels)
+        prompts.append(tokens[:first].tolist())
+        answers.append(tokens[first:last].tolist())
+    own = sample(student, prompts, min(64, length), chat.end, name="own answers")
+    return chat.pack(zip(prompts, answers), length), chat.pack(zip(prompts, own), length)
+
+
+def tiny_world():
+    """A tokenizer and question/answer pairs from text that ships with Python.
 
     The text is `pydoc_data.topics` (Python's own help pages). A question is the beginning of a
     paragraph, the answer its rest: honest continuation data, not conversation.
 
-    -> tokenizer, pairs [(question, answer)], text
+    -> tokenizer, [(question, answer)]
     """
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    text = "\n".join(topics[k] for k in sorted(topics))
+    text = "\n\n".join(topics[k] for k in sorted(topics))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
     core.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=512, special_tokens=marks, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=512, special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
                                         pad_token="<|end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    pairs = []
-    for paragraph in text.split("\n\n"):
-        words = paragraph.split()
-        if len(words) >= 20:
-            pairs.append((" ".join(words[:8]), " ".join(words[8:48])))
-    return tokenizer, pairs
+    paragraphs = [p.split() for p in text.split("\n\n")]
+    return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=400, length=128, lr=0.02):
+def tiny_teacher(vocab_size, tokens, steps=300, length=128, lr=0.02):
     """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
@@ -1806,21 +1793,77 @@ def tiny_teacher(vocab_size, tokens, steps=400, length=128, lr=0.02):
     rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
                   torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 * (1 - i / steps)))
+                 for o in optimizers]
     draw = torch.Generator().manual_seed(0)
-    bar = tqdm(range(steps), desc="teacher   ", unit="step", leave=False,
-               disable=None if sys.stderr.isatty() else True)
-    for step in bar:
+    bar = progress_bar(range(steps), "teacher", unit="step")
+    for _ in bar:
         starts = torch.randint(len(tokens) - length, (8,), generator=draw)
         batch = torch.stack([tokens[i:i + length] for i in starts])
         loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        teacher.zero_grad()
         loss.backward()
-        for optimizer, top in zip(optimizers, (lr, lr / 4)):
-            for group in optimizer.param_groups:
-                group["lr"] = top * min(1.0, 2 * (1 - step / steps))
-            optimizer.step()
-            optimizer.zero_grad()
+        for part in (*optimizers, *schedules):
+            part.step()
         bar.set_postfix_str(f"loss {loss:.3f}")
     return teacher.eval()
+
+
+def tiny_data(args):
+    """The tiny teacher and everything it needs, in half a minute. -> teacher, Chat, Data"""
+    tokenizer, pairs = tiny_world()
+    chat = Chat(tokenizer)
+    human, seen = [[chat.pair(*p) for i, p in enumerate(pairs) if (i % 10 == 0) == held]
+                   for held in (True, False)]
+    teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]))
+    prompts, asked = 2 * [p for p, _ in seen], [p for p, _ in human]
+    answers = sample(teacher, prompts, 96, chat.end, 512, name="answers")
+    heldout = sample(teacher, asked, 96, chat.end, 512, seed=1, name="held-out")
+    return teacher, chat, Data(
+        train=chat.pack(zip(prompts, answers), args.length), human=chat.pack(human, args.length),
+        heldout=chat.pack(zip(asked, heldout), args.length), questions=asked[:2])
+
+
+def real_data(teacher, chat, args):
+    """Pseudo-labels for a real teacher: --tokens-file, answers to --prompts, or all its own.
+
+    Without files the teacher invents the user's turn too: it continues the chat template's
+    beginning, and every answer in what it writes is labelled. The last rows are held out.
+    """
+    if args.tokens_file:
+        import numpy  # comes with transformers
+        require(os.path.isfile(args.tokens_file), f"{args.tokens_file}: no such file")
+        tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))
+        tokens = tokens[:, :args.length]
+    elif args.prompts:
+        prompts = [chat.pair(r["prompt"])[0] for r in read_jsonl(args.prompts, "prompts")]
+        answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
+        tokens, labels = chat.pack(zip(prompts, answers), args.length)
+    else:
+        start = chat.user_start
+        rows = sample(teacher, [start] * args.rows, args.length - len(start), None,
+                      args.sample_batch)
+        tokens = torch.tensor([start + row for row in rows])
+    vocab = teacher.config.vocab_size
+    require(int(tokens.max()) < vocab, f"token {int(tokens.max())} is outside the teacher's "
+            f"vocabulary of {vocab}")
+    labels = labels if args.prompts and not args.tokens_file else chat.label(tokens)
+    n_held, useful = min(256, max(1, len(tokens) // 8)), (labels != -100).any(-1)
+    parts = [tuple(v[part][useful[part]] for v in (tokens, labels))
+             for part in (slice(-n_held), slice(-n_held, None))]
+    require(len(parts[0][0]) and len(parts[1][0]), "no answers among the pseudo-labels")
+    data = Data(*parts, questions=[chat.pair(q)[0] for q in (
+        "What is the capital of France, and what is it known for?",
+        "Give me three tips for learning to cook.")])
+    if args.sft:                                    # of a conversation the last answer is learnt
+        pairs = [(r["messages"][:-1], r["messages"][-1]["content"]) if "messages" in r
+                 else (r["prompt"], r["response"]) for r in read_jsonl(args.sft, "sft")]
+        data.sft = chat.pack([chat.pair(*p) for p in pairs], args.length)
+    if args.preferences:
+        rows = read_jsonl(args.preferences, "preferences")
+        data.chosen, data.rejected = (chat.pack([chat.pair(r["prompt"], r[k]) for r in rows],
+                                                args.length) for k in ("chosen", "rejected"))
+    return data
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1828,22 +1871,80 @@ def tiny_teacher(vocab_size, tokens, steps=400, length=128, lr=0.02):
 # ---------------------------------------------------------------------------------------------
 
 # name of the stage: (share of the budget, learning rate as a multiple of --lr)
-STAGES = {"alignment": (0.15, 1.0), "stage 1": (0.25, 1.0), "stage 2": (0.55, 0.5),
-          "stage 3": (0.05, 0.02)}
+STAGES = {"alignment": (0.30, 1.0), "stage 1": (0.10, 0.25), "stage 2": (0.57, 0.25),
+          "stage 3": (0.03, 0.01)}
+FLAGS = {       # name: (type, default, help); a default of False makes a switch
+    "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),
+    "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
+    "out": (str, None, "directory for the student; must be empty unless --resume"),
+    "attention": (float, 0.5, "share of attention layers that stay, 0..1"),
+    "mixer": (str, "mamba2", "mamba or mamba2; --tiny shows both"),
+    "recipe": (str, "near_linear", "how mixers start: " + ", ".join(RECIPES)),
+    "d-state": (int, None, "state size N, a divisor of the head dimension (default: that)"),
+    "prompts": (str, None, 'JSONL, rows {"prompt"}: the teacher answers these'),
+    "sft": (str, None, 'JSONL, rows {"prompt","response"} or {"messages"}: stage 2'),
+    "preferences": (str, None, 'JSONL, rows {"prompt","chosen","rejected"}: stage 3'),
+    "tokens-file": (str, None, "npz with pseudo-labels: array `tokens` (n,l)"),
+    "tokens": (float, 2e6, "training budget over all stages, tokens"),
+    "minutes": (float, None, "training budget over all stages, minutes; beats --tokens"),
+    "rows": (int, 1024, "rows the teacher writes where no file is given"),
+    "length": (int, 512, "tokens per row"),
+    "batch": (int, 8, "rows per step"),
+    "sample-batch": (int, 64, "rows sampled at a time"),
+    "pairs": (int, 64, "preference pairs made where no file is given"),
+    "eval-rows": (int, 32, "held-out rows per evaluation"),
+    "lr": (float, 2e-3, "learning rate of the alignment; the stages take shares of it"),
+    "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
+    "beta": (float, 1.0, "weight of the KL in Eq. 2"),
+    "dpo-beta": (float, 0.1, "beta of Eq. 4"),
+    "stepwise": (bool, False, "halve the attention step by step, distilling at each"),
+    "resume": (bool, False, "go on where the run in --out was interrupted"),
+    "save-every": (float, 60.0, "seconds between checkpoints"),
+    "seed": (int, 0, "seed of every draw"),
+    "json": (str, None, "write the table to this file"),
+}
 
 
-@dataclass
-class Data:
-    """Everything a story trains and is judged on; pairs are (tokens, labels), each (n,l)."""
+def parse_args(argv):
+    """The flags as a namespace; ValueError for values that make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, (kind, default, text) in FLAGS.items():
+        more = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+        shown = "" if default is None or kind is bool else f" (default: {default:g})" if kind in (
+            int, float) else f" (default: {default})"
+        parser.add_argument(f"--{name}", help=text + shown, **more)
+    args = parser.parse_args(argv)
+    require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
+    require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
+    require(args.mixer in ("mamba", "mamba2"), f"mixer {args.mixer!r} is neither mamba nor mamba2")
+    require(args.recipe in RECIPES, f"recipe {args.recipe!r} is none of {', '.join(RECIPES)}")
+    for name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
+                "be above 0")
+    if args.tiny:
+        require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
+        args.out, args.tokens, args.length, args.lr = "tiny_run", 330_000, 128, 6e-3
+        shutil.rmtree(args.out, ignore_errors=True)
+    else:
+        for path, kind in ((args.prompts, "prompts"), (args.sft, "sft"),
+                           (args.preferences, "preferences")):
+            if path:
+                read_jsonl(path, kind)              # complain now, not after an hour
+        os.makedirs(args.out, exist_ok=True)
+        require(args.resume or not os.listdir(args.out),
+                f"{args.out} is not empty; name another directory, or --resume")
+    return args
 
-    train: tuple                       # the teacher's own answers (pseudo-labels)
-    heldout: tuple                     # the same, never trained on
-    sft: tuple = None                  # stage 2's answers; None: the pseudo-labels again
-    human: tuple = None                # held-out answers that people wrote
-    chosen: tuple = None               # stage 3: preferred answers, held-out pairs at the end
-    rejected: tuple = None
-    questions: list = field(default_factory=list)      # held-out prompts (ids) to show
-    prompts: list = field(default_factory=list)        # prompts (ids) for the student's answers
+
+def load_teacher(name, device):
+    """A pretrained decoder and its chat; ValueError in one line where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        teacher = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
+    return teacher.to(device).eval(), Chat(tokenizer)
 
 
 def attention_layers(share, L):
@@ -1853,173 +1954,95 @@ def attention_layers(share, L):
     return [math.ceil((i + 1) * L / n) - 1 for i in range(n)]
 
 
-def report(rows, name, student, teacher, data, seconds, eval_rows):
-    """Evaluate, remember and return one row of the final table."""
-    tokens, labels = (v[:eval_rows] for v in data.heldout)
-    row = {"stage": name, **evaluate(student, teacher, tokens, labels=labels), "seconds": seconds}
-    if data.human:
-        tokens, labels = (v[:eval_rows] for v in data.human)
-        row["human_ratio"] = evaluate(student, teacher, tokens, labels=labels)["ratio"]
-    rows.append(row)
-    print(f"  {name:<10} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
-          f"{row['agreement']:5.1%}" + (f"   human text {row['human_ratio']:7.3f}"
-                                        if data.human else "") + f"   {seconds:6.1f} s", flush=True)
-    return row
+class Story:
+    """One student from conversion to stage 3; each stage is evaluated, remembered, and skipped
+    when a resumed run finds it done."""
 
+    def __init__(self, teacher, chat, data, args, mixer, progress, shares):
+        self.teacher, self.chat, self.data, self.args = teacher, chat, data, args
+        self.mixer, self.progress, self.shares = mixer, progress, shares
+        self.student, self.rows, self.finished = None, progress.state["rows"], progress.state[
+            "finished"]
 
-def story(teacher, chat, data, args, mixer, progress, shares):
-    """One student from conversion to stage 3, evaluated after each step.
+    def tell(self):
+        """All of it. -> student, rows of the table"""
+        data, args, S, T = self.data, self.args, None, self.teacher
+        for share in self.shares:
+            S = self.convert(share)
+            self.stage("alignment", share, lambda **k: align_mixers(S, T, data.train[0], **k))
+            weights = dict(alpha=args.alpha, beta=args.beta)
+            self.stage("stage 1", share, lambda **k: distil(
+                "stage 1", S, T, *data.train, only_mixers=True, **weights, **k))
+            self.stage("stage 2", share, lambda **k: distil(
+                "stage 2", S, T, *(data.sft or data.train), **weights, **k))
+        if data.chosen is None:
+            data.chosen, data.rejected = own_preferences(S, self.chat, data, args.pairs,
+                                                         args.length)
+        cut = max(1, len(data.chosen[0]) // 8)
+        judge, fit = ([tuple(v[part] for v in side) for side in (data.chosen, data.rejected)]
+                      for part in (slice(cut), slice(cut, None)))
+        before = reward_accuracy(S, T, *judge)
+        self.stage("stage 3", share, lambda **k: dpo(S, T, *fit, beta=args.dpo_beta, **k),
+                   max(1, args.batch // 2))
+        self.rows[-1]["reward_accuracy"] = [before, reward_accuracy(S, T, *judge)]
+        print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
+            *self.rows[-1]["reward_accuracy"]))
+        return S, self.rows
 
-    shares: attention shares to go through (stepwise replacement); the last one stays.
-    -> student, list of report rows
-    """
-    rows, finished = progress.state.setdefault("rows", []), progress.state["finished"]
-    L, n_train = len(teacher.model.layers), len(data.train[0])
-    student, length = None, data.train[0].shape[1]
-    for share in shares:
-        keep = attention_layers(share, L)
-        print(f"{mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
-        start, older = time.monotonic(), student
-        student = convert_to_hybrid(teacher, keep, mixer, args.recipe, args.d_state)
-        if older is not None:                       # stepwise: keep what is already distilled
-            known = {k: v for k, v in older.state_dict().items() if k in student.state_dict()}
-            student.load_state_dict(known, strict=False)
-        if progress.state.get("share") == share and "student" in progress.state:
-            student.load_state_dict(progress.state["student"])
-        tag = f" at {share:.0%}" if len(shares) > 1 else ""
+    def convert(self, share):
+        """The student for this share; of an earlier one (stepwise) it keeps what is distilled."""
+        start, L = time.monotonic(), len(self.teacher.model.layers)
+        keep, older = attention_layers(share, L), self.student
+        print(f"{self.mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
+        self.student = convert_to_hybrid(self.teacher, keep, self.mixer, self.args.recipe,
+                                         self.args.d_state).float()
+        if older is not None:
+            ours = self.student.state_dict()
+            self.student.load_state_dict({k: v for k, v in older.state_dict().items()
+                                          if k in ours}, strict=False)
+        if self.progress.state.get("share") == share:
+            self.student.load_state_dict(self.progress.state["student"])
+        self.progress.state["share"] = share
+        self.report(self.title("converted", share), start)
+        return self.student
 
-        def run(stage, work, **settings):
-            """One stage unless it is done: its share of the budget, then a row of the table."""
-            part, scale = STAGES[stage]
-            begin, batch = time.monotonic(), settings.setdefault("batch_size", args.batch)
-            if args.minutes:
-                steps, seconds = 10 ** 9, 60 * args.minutes * part / len(shares)
-            else:
-                steps = max(1, round(args.tokens * part / len(shares) / batch / length))
-                seconds = None
-            if stage + tag not in finished:
-                progress.state["share"] = share
-                work(steps=steps, lr=args.lr * scale, seconds=seconds, progress=progress,
-                     **settings)
-                report(rows, stage + tag, student, teacher, data, time.monotonic() - begin,
-                       args.eval_rows)
-                finished.append(stage + tag)
-                progress.write(student=student.state_dict(), stage=None, optimizer=None)
+    def title(self, stage, share):
+        return stage + (f" at {share:.0%}" if len(self.shares) > 1 else "")
 
-        if "converted" + tag not in finished:
-            report(rows, "converted" + tag, student, teacher, data, time.monotonic() - start,
-                   args.eval_rows)
-            finished.append("converted" + tag)
-        run("alignment", lambda **k: align_mixers(student, teacher, data.train[0], **k))
-        run("stage 1", lambda **k: distil("stage 1", student, teacher, *data.train,
-                                          alpha=args.alpha, beta=args.beta, only_mixers=True, **k))
-        run("stage 2", lambda **k: distil("stage 2", student, teacher, *(data.sft or data.train),
-                                          alpha=args.alpha, beta=args.beta, **k))
-    if data.chosen is None:                         # rejected: the student's own answers
-        data.chosen, data.rejected = own_preferences(student, chat, data, args)
-    cut = max(1, len(data.chosen[0]) // 8)
-    fit, judge = ([tuple(v[part] for v in side) for side in (data.chosen, data.rejected)]
-                  for part in (slice(cut, None), slice(cut)))
-    before = reward_accuracy(student, teacher, *judge)
-    run("stage 3", lambda **k: dpo(student, teacher, *fit, beta=args.dpo_beta, **k),
-        batch_size=max(1, args.batch // 2))
-    rows[-1]["reward_accuracy"] = [before, reward_accuracy(student, teacher, *judge)]
-    print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
-        *rows[-1]["reward_accuracy"]))
-    return student, rows
+    def stage(self, stage, share, work, batch=None):
+        """Run one stage with its part of the budget, unless it is done; then evaluate."""
+        title, start, (part, scale) = self.title(stage, share), time.monotonic(), STAGES[stage]
+        args, batch, part = self.args, batch or self.args.batch, part / len(self.shares)
+        if title not in self.finished:
+            steps = max(1, round(args.tokens * part / batch / self.data.train[0].shape[1]))
+            seconds = None if args.minutes is None else 60 * args.minutes * part
+            work(steps=steps if seconds is None else 10 ** 9, seconds=seconds, lr=args.lr * scale,
+                 batch_size=batch, progress=self.progress)
+            self.report(title, start)
 
-
-def own_preferences(student, chat, data, args):
-    """Pairs for stage 3 without a file: the teacher's answer against the student's own.
-
-    -> (tokens, labels) chosen, (tokens, labels) rejected
-    """
-    length = data.train[0].shape[1]
-    prompts, answers = [], []
-    for tokens, labels in zip(*data.train):
-        where = (labels != -100).nonzero()[:, 0].tolist()
-        if where and len(prompts) < args.pairs:
-            stop = next((i for i, j in enumerate(where) if j - i != where[0]), len(where))
-            prompts.append(tokens[:where[0]].tolist())
-            answers.append(tokens[where[0]:where[0] + stop].tolist())
-    own = sample(student, prompts, min(64, length), chat.end, name="own answers")
-    return (chat.pack(zip(prompts, answers), length), chat.pack(zip(prompts, own), length))
-
-
-def tiny_data(args):
-    """The tiny teacher and everything it needs, in half a minute. -> teacher, Chat, Data"""
-    tokenizer, pairs = tiny_world()
-    chat, length = Chat(tokenizer), 128
-    held, seen = pairs[::10], [p for i, p in enumerate(pairs) if i % 10]
-    ids = [(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in seen]
-    human = [(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in held]
-    teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in ids for t in p + a]))
-    prompts, asked = [p for p, _ in ids], [p for p, _ in human]
-    answers = sample(teacher, prompts * 2, 96, chat.end, 256, name="answers")
-    heldout = sample(teacher, asked, 96, chat.end, 256, seed=1, name="held-out")
-    return teacher, chat, Data(
-        train=chat.pack(zip(prompts * 2, answers), length), human=chat.pack(human, length),
-        heldout=chat.pack(zip(asked, heldout), length), questions=asked[:2])
-
-
-def real_data(teacher, chat, args):
-    """Pseudo-labels for a real teacher: --tokens-file, answers to --prompts, or all its own.
-
-    Without files the teacher invents the user's turn too: it continues the chat template's
-    beginning, and every answer in what it writes is labelled. The last rows are held out.
-    """
-    length, device = args.length, teacher.get_input_embeddings().weight.device
-    if args.tokens_file:
-        import numpy
-        require(os.path.isfile(args.tokens_file), f"{args.tokens_file}: no such file")
-        tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))[:, :length]
-        labels = None
-    elif args.prompts:
-        prompts = [chat.prompt(r["prompt"]) for r in read_jsonl(args.prompts, "prompts")]
-        answers = sample(teacher, prompts, length - 1, chat.end, args.sample_batch)
-        tokens, labels = chat.pack(zip(prompts, answers), length)
-    else:
-        start = chat.user_start
-        rows = sample(teacher, [start] * args.rows, length - len(start), None, args.sample_batch)
-        tokens, labels = torch.tensor([start + row for row in rows]), None
-    vocab = teacher.config.vocab_size
-    require(int(tokens.max()) < vocab, f"token {int(tokens.max())} is outside the teacher's "
-            f"vocabulary of {vocab}")
-    labels = chat.label(tokens) if labels is None else labels
-    n_held = min(256, max(1, len(tokens) // 8))
-    useful = (labels != -100).any(-1)
-    parts = [tuple(v[part][useful[part]] for v in (tokens, labels))
-             for part in (slice(-n_held), slice(-n_held, None))]
-    require(len(parts[0][0]) and len(parts[1][0]), "no answers among the pseudo-labels")
-    data = Data(*parts, questions=[chat.prompt(q) for q in (
-        "What is the capital of France, and what is it known for?",
-        "Give me three tips for learning to cook.")])
-    if args.sft:
-        data.sft = chat.pack([sft_pair(row, chat) for row in read_jsonl(args.sft, "sft")], length)
-    if args.preferences:
-        rows = read_jsonl(args.preferences, "preferences")
-        data.chosen, data.rejected = (chat.pack(
-            [(chat.prompt(r["prompt"]), chat.ids(r[k]) + [chat.end]) for r in rows], length)
-            for k in ("chosen", "rejected"))
-    return data
-
-
-def sft_pair(row, chat):
-    """One SFT row -> (prompt ids, answer ids); of a conversation the last answer is learnt."""
-    if "messages" in row:
-        *before, last = row["messages"]
-        return (chat.ids(chat.render(before, add_generation_prompt=True)),
-                chat.ids(last["content"]) + [chat.end])
-    return chat.prompt(row["prompt"]), chat.ids(row["response"]) + [chat.end]
+    def report(self, title, start):
+        """Evaluate, add a row to the table, and mark the stage as done, on disk."""
+        if title in self.finished:
+            return
+        row = {"stage": title, "seconds": time.monotonic() - start}
+        for prefix, pair in (("", self.data.heldout), ("human_", self.data.human)):
+            if pair:
+                tokens, labels = (v[:self.args.eval_rows] for v in pair)
+                got = evaluate(self.student, self.teacher, tokens, labels=labels)
+                row.update({prefix + k: v for k, v in got.items()})
+        print(f"  {title:<16} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
+              f"{row['agreement']:6.1%}   {row['seconds']:6.1f} s", flush=True)
+        self.rows.append(row)
+        self.finished.append(title)
+        self.progress.write(stage=None, optimizer=None, student=self.student.state_dict())
 
 
 def show_samples(student, teacher, chat, questions, n=48):
     """Greedy answers of teacher and student side by side, unedited."""
     settings = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=chat.end,
                                 pad_token_id=0)
-    device = student.get_input_embeddings().weight.device
     for ids in questions:
-        tokens = torch.tensor([ids], device=device)
+        tokens = torch.tensor([ids], device=student.lm_head.weight.device)
         print("\nprompt  :", chat.tokenizer.decode(ids))
         for name, model in (("teacher", teacher), ("student", student)):
             out = model.generate(tokens, attention_mask=torch.ones_like(tokens),
@@ -2027,134 +2050,64 @@ def show_samples(student, teacher, chat, questions, n=48):
             print(f"{name:<8}:", chat.tokenizer.decode(out, skip_special_tokens=True).strip())
 
 
-def save(student, chat, folder):
+def save(model, chat, folder):
     """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
-    student.save_pretrained(folder)
+    model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-
-
-def parse_args(argv):
-    """All flags; their defaults are in --help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--tiny", action="store_true", help="the whole story at toy size, in ./tiny_run")
-    add("--teacher", metavar="DIR_OR_NAME", help="a pretrained Llama-type chat model")
-    add("--out", metavar="DIR", help="where the student goes; must be empty unless --resume")
-    add("--attention", default="0.5", help="share of attention layers that stay, 0..1")
-    add("--mixer", default="mamba2", choices=["mamba", "mamba2"], help="kind of linear RNN")
-    add("--recipe", default="near_linear", choices=list(RECIPES), help="how mixers start")
-    add("--d-state", type=int, default=None, help="state size N; None: the head dimension")
-    add("--prompts", metavar="F.jsonl", help='rows {"prompt"}: the teacher answers these')
-    add("--sft", metavar="F.jsonl", help='rows {"prompt","response"} or {"messages"}: stage 2')
-    add("--preferences", metavar="F.jsonl", help='rows {"prompt","chosen","rejected"}: stage 3')
-    add("--tokens-file", metavar="F.npz", help="ready pseudo-labels: array `tokens` (n,l)")
-    add("--tokens", type=float, default=2e6, help="training budget, tokens over all stages")
-    add("--minutes", type=float, default=None, help="training budget, minutes (beats --tokens)")
-    add("--rows", type=int, default=1024, help="rows the teacher writes where no file is given")
-    add("--length", type=int, default=512, help="tokens per row")
-    add("--batch", type=int, default=8, help="rows per step")
-    add("--sample-batch", type=int, default=64, help="rows sampled at a time")
-    add("--pairs", type=int, default=64, help="preference pairs made where no file is given")
-    add("--eval-rows", type=int, default=32, help="held-out rows per evaluation")
-    add("--lr", type=float, default=1e-3, help="learning rate of alignment and stage 1")
-    add("--alpha", type=float, default=0.1, help="weight of the CE in Eq. 2")
-    add("--beta", type=float, default=1.0, help="weight of the KL in Eq. 2")
-    add("--dpo-beta", type=float, default=0.1, help="beta of Eq. 4")
-    add("--stepwise", action="store_true", help="halve the attention step by step")
-    add("--resume", action="store_true", help="go on where --out was interrupted")
-    add("--save-every", type=float, default=60.0, help="seconds between checkpoints")
-    add("--seed", type=int, default=0, help="seed of every draw")
-    add("--json", metavar="FILE", help="write the table as JSON")
-    args = parser.parse_args(argv)
-    try:
-        args.attention = float(args.attention)
-    except ValueError:
-        raise ValueError(f"attention share {args.attention!r} is not a number") from None
-    require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
-    require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
-    for name in ("length", "batch", "rows", "tokens", "eval_rows", "lr"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
-                "be above 0")
-    return args
-
-
-def main(argv=None):
-    """Run the command line. -> the report that --json writes"""
-    args, begin = parse_args(argv), time.monotonic()
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.tiny:
-        args.out, args.tokens, args.batch, args.lr = "tiny_run", 320_000, 8, 3e-3
-        shutil.rmtree(args.out, ignore_errors=True)
-    os.makedirs(args.out, exist_ok=True)
-    require(args.resume or not os.listdir(args.out),
-            f"{args.out} is not empty; name another directory, or --resume")
-    times, tables = {}, {}
-    progress = Progress(args.out, args.save_every, args.resume)
-    if args.tiny:
-        teacher, chat, data = tiny_data(args)
-        save(teacher, chat, os.path.join(args.out, "teacher"))
-    else:
-        teacher, chat = load_teacher(args.teacher, device)
-        cached = os.path.join(args.out, "data.pt")
-        if not os.path.exists(cached):
-            torch.save(vars(real_data(teacher, chat, args)), cached + ".tmp")
-            os.replace(cached + ".tmp", cached)
-        data = Data(**torch.load(cached))
-    times["teacher and data"] = time.monotonic() - begin
-    shares = [args.attention]
-    while args.stepwise and shares[0] < 0.5:
-        shares.insert(0, min(0.5, max(2 * shares[0], 1 / len(teacher.model.layers))))
-    for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
-        start = time.monotonic()
-        if args.tiny:
-            progress = Progress()
-        student, tables[mixer] = story(teacher, chat, data, args, mixer, progress, shares)
-        show_samples(student, teacher, chat, data.questions)
-        folder = os.path.join(args.out, mixer) if args.tiny else args.out
-        save(student, chat, folder)
-        again = AutoModelForCausalLM.from_pretrained(folder)
-        tokens = data.heldout[0][:2]
-        with torch.no_grad():
-            same = torch.equal(again(tokens).logits, student.cpu()(tokens).logits)
-        print(f"\nsaved to {folder}; reloaded through AutoModelForCausalLM: logits "
-              + ("bit-equal" if same else "DIFFER"))
-        times[mixer] = time.monotonic() - start
-    print_tables(tables, times)
-    result = {"tables": tables, "seconds": times, "args": vars(args),
-              "versions": {"torch": torch.__version__}, "device": str(device)}
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
-    return result
-
-
-def load_teacher(name, device):
-    """A pretrained decoder and its chat. Raises ValueError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        teacher = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
-    return teacher.to(device).eval(), Chat(tokenizer)
 
 
 def print_tables(tables, times):
     """The story as one table: a line per stage, the mixers side by side."""
     print("\nperplexity ratio, student / teacher (1 = as good), on held-out answers of the teacher")
     human = any("human_ratio" in row for rows in tables.values() for row in rows)
-    print("and, in brackets, on text that people wrote" * human)
-    names = list(dict.fromkeys(row["stage"] for rows in tables.values() for row in rows))
+    print("and, in brackets, on text that people wrote\n" * human, end="")
     print(f"{'stage':<18}" + "".join(f"{mixer:>22}" for mixer in tables))
-    for name in names:
-        line = f"{name:<18}"
-        for rows in tables.values():
-            row = next(r for r in rows if r["stage"] == name)
-            line += f"{row['ratio']:12.3f}" + (f"  ({row['human_ratio']:6.3f})" if human else " " * 10)
-        print(line)
+    for rows in zip(*tables.values()):
+        print(f"{rows[0]['stage']:<18}" + "".join(f"{row['ratio']:12.3f}" + (
+            f"  ({row['human_ratio']:6.3f})" if human else " " * 10) for row in rows))
     print("time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
+
+
+def main(argv=None):
+    """Run the command line. -> the report that --json writes"""
+    args, start = parse_args(argv), time.monotonic()
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    progress, cached = None, os.path.join(args.out, "data.pt")
+    if args.tiny:
+        teacher, chat, data = tiny_data(args)
+        save(teacher, chat, os.path.join(args.out, "teacher"))
+    else:
+        progress = Progress(args.out, args.save_every, args.resume)
+        teacher, chat = load_teacher(args.teacher, device)
+        if not os.path.exists(cached):
+            torch.save(vars(real_data(teacher, chat, args)), cached + ".tmp")
+            os.replace(cached + ".tmp", cached)
+        data = Data(**torch.load(cached))
+    shares, tables = [args.attention], {}
+    while args.stepwise and shares[0] < 0.5:        # e.g. 0.5, 0.25, 0.125; 0 comes after 0.25
+        shares.insert(0, min(0.5, 2 * shares[0] or 0.25))
+    times = {"teacher and data": time.monotonic() - start}
+    for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
+        start = time.monotonic()
+        student, tables[mixer] = Story(teacher, chat, data, args, mixer, progress or Progress(),
+                                       shares).tell()
+        show_samples(student, teacher, chat, data.questions)
+        folder = os.path.join(args.out, mixer) if args.tiny else args.out
+        save(student, chat, folder)
+        again, tokens = AutoModelForCausalLM.from_pretrained(folder), data.heldout[0][:2]
+        with torch.no_grad():
+            same = torch.equal(again(tokens).logits, student.cpu()(tokens).logits)
+        require(same, f"{folder} does not reload to the same logits")
+        print(f"\nsaved to {folder}; AutoModelForCausalLM reloads it with bit-equal logits")
+        times[mixer] = time.monotonic() - start
+    print_tables(tables, times)
+    result = {"tables": tables, "seconds": times, "args": vars(args), "device": str(device),
+              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+    return result
 
 
 def cli(run=main):
@@ -2167,5 +2120,6 @@ def cli(run=main):
 
 
 if __name__ == "__main__":
-    import mamba_in_llama               # so that saved classes do not live in __main__
+    import mamba_in_llama  # so that saved classes do not live in __main__
+
     mamba_in_llama.cli()

@@ -1,0 +1,1243 @@
+"""Speculative decoding for linear RNNs and hybrids: Algorithm 2 of arXiv 2408.15237.
+
+    draft q    d1 d2 d3 d4                      K cheap steps (a small model, or a look-up)
+                |  |  |  |
+    target p   [y0 d1 d2 d3 d4]                 ONE multi-step call verifies all of them
+                ok ok  x                        FirstConflict: d1, d2 stand, d3 does not
+    emitted     d1 d2 y                         y: the target's own token at the conflict
+
+An RNN has one big state and cannot rewind it; the cache keeps an old state and the inputs since,
+so that a rejected token is one that is not counted (section 3 and 4 of mamba_in_llama.py).
+
+Glossary, with the paper's letters:
+    b, T, V      batch rows, tokens of one call, vocabulary
+    K            lookahead: tokens drafted per round
+    p, q         distributions of the target and of the draft, after temperature, top-k, top-p
+    # Gen        tokens a round yields: accepted ones plus one, between 1 and K + 1
+
+Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algorithm 2
+           6 the authors' checkpoints   7 timing   8 needle in a haystack   9 command line
+
+    python spec_decode.py --tiny
+    python spec_decode.py --target DIR --draft ngram:3 --prompt "Once upon a time"
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mamba_in_llama
+from mamba_in_llama import MixerCache, require
+
+# ---------------------------------------------------------------------------------------------
+# 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling:
+    """How a distribution becomes a token; the same for target and draft."""
+
+    temperature: float = 0.0           # 0: greedy
+    top_k: int = 0                     # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0                 # then the fewest tokens that hold this much probability
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        require(self.temperature >= 0, f"temperature {self.temperature} must be at least 0")
+        require(self.top_k >= 0, f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
+        require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
+
+    def probabilities(self, logits):
+        """logits (..., V) -> (..., V)"""
+        return warp(logits, self.temperature, self.top_k, self.top_p)
+
+    def choose(self, logits):
+        """logits (..., V) -> tokens (...)"""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return draw(self.probabilities(logits), self.generator)
+
+
+def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution that is sampled from; at temperature 0 all of it on the argmax.
+
+    logits (..., V) -> probabilities (..., V), at least fp32
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(wide)
+    logits = logits.to(wide) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        ordered, index = p.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered           # the likeliest token always stays
+        p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p, generator=None):
+    """One token from each distribution: the first of V exponential clocks of rates p to ring.
+
+    torch.multinomial would check its input on the host. p (..., V), need not sum to 1 -> (...)
+    """
+    clocks = torch.empty_like(p).exponential_(generator=generator)
+    return (p / clocks.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The rows of a batch: what each has said, and when it ends. All of it stays on the device.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DecodeResult:
+    """What decoding returns; times exclude the prompt and the capture of CUDA graphs."""
+
+    tokens: list                       # b 1-D tensors, the new tokens without the prompt
+    rounds: int                        # calls of the target after the prompt
+    drafted: int                       # tokens drafted, over all rows
+    accepted: int                      # of these, accepted (before a cut at an end token)
+    tokens_per_round: float            # "# Gen": mean over rows and rounds of accepted + 1
+    seconds: float
+    tokens_per_second: float           # of all rows together, first tokens (the prompt's) excluded
+
+
+@dataclass
+class Rows:
+    """Prompt and output of each row, left-aligned; the last emitted token is in no cache yet."""
+
+    tokens: torch.Tensor               # (b,width+1) token ids, the last column is a bin
+    length: torch.Tensor               # (b,) prompt and emitted tokens
+    limit: torch.Tensor                # (b,) length at which the budget is spent
+    alive: torch.Tensor                # (b,) bool, False once a row has ended
+    ends: torch.Tensor                 # (e,) end tokens, may be empty
+    tally: torch.Tensor                # (4,) rounds, rounds x live rows, drafted, accepted
+
+    @property
+    def last(self):
+        """(b,) the token emitted last."""
+        return self.tokens.gather(1, self.length[:, None] - 1)[:, 0]
+
+    def append(self, block, n):
+        """Emit the first n (b,) tokens of block (b,T), cut after an end token and at the budget."""
+        t = torch.arange(block.shape[1], device=block.device)
+        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)
+        is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])         # (b,T)
+        ended = is_end.any(-1)
+        n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
+        bin_ = self.tokens.shape[1] - 1
+        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)
+        self.tokens.scatter_(1, at.clamp(max=bin_), block)
+        self.length += n
+        self.alive &= ~ended & (self.length < self.limit)
+
+    def result(self, start, seconds):
+        """start (b,) lengths of the prompts -> DecodeResult"""
+        rounds, row_rounds, drafted, accepted = self.tally.tolist()
+        new = [row[i:j] for row, i, j in zip(self.tokens.clone(), start, self.length.tolist())]
+        return DecodeResult(new, rounds, drafted, accepted,
+                            (row_rounds + accepted) / max(1, row_rounds), seconds,
+                            (sum(map(len, new)) - len(new)) / max(seconds, 1e-9))
+
+
+def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
+    """Check the request and lay it out twice: left-aligned to write on, left-padded to read in.
+
+    input_ids: (b,l), or b 1-D tensors or lists -> Rows, padded (b,l), mask (b,l) or None if full
+    """
+    device = target.get_input_embeddings().weight.device
+    vocab = target.config.vocab_size
+    require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
+    if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1:
+        input_ids = input_ids[None]
+    prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
+    require(len(prompts) > 0, "input_ids holds no prompts")
+    for i, prompt in enumerate(prompts):
+        require(prompt.ndim == 1 and len(prompt) > 0, f"prompt {i} of shape {tuple(prompt.shape)} "
+                "is empty or not a row of token ids")
+        require(0 <= int(prompt.min()) and int(prompt.max()) < vocab, f"prompt {i} holds token "
+                f"{int(prompt.min() if prompt.min() < 0 else prompt.max())}, outside the target's "
+                f"vocabulary of {vocab}")
+    ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
+    require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
+            f"vocabulary of {vocab}")
+    lengths = torch.tensor([len(p) for p in prompts])
+    b, l = len(prompts), int(lengths.max())
+    # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
+    tokens = torch.zeros(b, l + max_new_tokens + 2 * (lookahead + 1), dtype=torch.long)
+    padded, mask = torch.zeros(b, l, dtype=torch.long), torch.zeros(b, l, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        tokens[i, :len(prompt)] = prompt
+        padded[i, l - len(prompt):], mask[i, l - len(prompt):] = prompt, 1
+    rows = Rows(*(v.to(device) for v in (
+        tokens, lengths, lengths + max_new_tokens, torch.zeros(b, dtype=torch.bool),
+        torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
+    return rows, padded.to(device), None if int(lengths.min()) == l else mask.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Plain decoding: the oracle, and the honest denominator of every speed-up.
+# ---------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A model and its cache: its own prefill and decode, or the free functions."""
+
+    def __init__(self, model, rows, ring):
+        b, width = rows.tokens.shape
+        self.model, self.cache = model, MixerCache.allocate(model, b, width, ring)
+        context = getattr(model.config, "max_position_embeddings", None)
+        longest = int(rows.length.max())
+        require(not (self.cache.has_attention and context and longest > context), "the prompt of "
+                f"{longest} tokens is longer than the context of {context}")
+
+    def prefill(self, padded, mask):
+        """(b,l) -> logits (b,V) after the prompt"""
+        self.cache.reset()
+        run = getattr(self.model, "prefill", None)
+        args = padded, self.cache, mask
+        return (run(*args) if run else mamba_in_llama.prefill(self.model, *args))[:, -1]
+
+    def decode(self, tokens, n_valid=None):
+        """(b,T) -> logits (b,T,V), provisional until `self.cache.commit`"""
+        run = getattr(self.model, "decode", None)
+        args = tokens, self.cache, n_valid
+        return run(*args) if run else mamba_in_llama.decode(self.model, *args)
+
+
+class Captured:
+    """A function of static tensors as a CUDA graph; a call replays it, its result stays put."""
+
+    def __init__(self, function, generator=None):
+        self.graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.result = function()
+
+    def __call__(self):
+        self.graph.replay()
+        return self.result
+
+
+def warm_up(function):
+    """Compile kernels and fill the allocator, on a side stream, as a capture needs it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def drive(step, rows, most):
+    """Call `step` until every row has ended, at most `most` times. -> seconds
+
+    On CUDA the host looks at the rows one call behind, while the next one already runs: it never
+    makes the device wait, and costs one idle call at the end.
+    """
+    cuda = rows.alive.is_cuda
+    if cuda:
+        flag, event = torch.ones((), dtype=torch.bool).pin_memory(), torch.cuda.Event()
+        torch.cuda.synchronize()
+    elif not rows.alive.any():
+        most = 0
+    begin = time.perf_counter()
+    for i in range(most):
+        step()
+        if cuda:
+            if i:
+                event.synchronize()
+                if not flag:
+                    break
+            flag.copy_(rows.alive.any(), non_blocking=True)
+            event.record()
+        elif not rows.alive.any():
+            break
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+@torch.no_grad()
+def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
+             eos_token_id=None, generator=None):
+    """Plain decoding, one token a step. The arguments are those of `speculative_decode`.
+
+    On CUDA the step is one captured graph. A ring of 1 is fastest where the state is written by
+    tensor operations anyway; the kernel saves most of those writes with a ring of 16.
+    """
+    sampling = Sampling(temperature, top_k, top_p, generator)
+    rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
+    start, cuda = rows.length.tolist(), rows.tokens.is_cuda
+    decoder = Decoder(target, rows, ring=16 if cuda else 1)
+    one = torch.ones_like(rows.length)
+
+    def step():
+        logits = decoder.decode(rows.last[:, None])[:, 0]                       # (b,V)
+        decoder.cache.commit(rows.alive)
+        rows.tally[0] += rows.alive.any()
+        rows.tally[1] += rows.alive.sum()
+        rows.append(sampling.choose(logits)[:, None], one)
+
+    if cuda:                           # no row is alive yet: captures leave `rows` as they are
+        warm_up(step)
+        step = Captured(step, generator)
+    logits = decoder.prefill(padded, mask)
+    rows.alive.fill_(True)
+    rows.append(sampling.choose(logits)[:, None], one)
+    return rows.result(start, drive(step, rows, max_new_tokens - 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Drafts. start: a new batch; propose: K tokens per row; settle: how many of them stand.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Proposal:
+    """K drafted tokens per row, and how likely the draft was to draft each."""
+
+    tokens: torch.Tensor               # (b,K)
+    q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
+    n: torch.Tensor | None = None      # (b,) drafted tokens that count; None: all K
+
+
+class ModelDraft:
+    """A decoder as a draft, with a cache of its own that rolls back by the same commit.
+
+    vocab_subset: indices (v,) of the words it may say; its head then has v rows only.
+    """
+
+    def __init__(self, model, vocab_subset=None):
+        self.model, self.subset = model, vocab_subset
+        if vocab_subset is not None:
+            head = model.get_output_embeddings()
+            short = nn.Linear(head.in_features, len(vocab_subset), bias=False, device="meta")
+            short.weight = nn.Parameter(head.weight[vocab_subset], requires_grad=False)
+            self.model = copy.copy(model)               # shares every module, not this method:
+            self.model.get_output_embeddings = lambda: short
+            self.subset = vocab_subset.to(head.weight.device)
+
+    def start(self, target, rows, lookahead, sampling, ring):
+        """Make room for these rows. Raises ValueError where the vocabularies differ."""
+        ours, theirs = self.model.config.vocab_size, target.config.vocab_size
+        require(ours == theirs, f"the draft's vocabulary of {ours} tokens is not the target's of "
+                f"{theirs}")
+        self.rows, self.K, self.sampling, self.vocab = rows, lookahead, sampling, theirs
+        self.decoder = Decoder(self.model, rows, ring)
+
+    def prefill(self, padded, mask):
+        """Read the prompts, padded (b,l)."""
+        self.decoder.prefill(padded, mask)
+
+    def propose(self):
+        """-> Proposal. The first call also brings a token that the cache lacks: the last drafted
+        one, in rows where all were accepted; so it is two tokens wide, with one valid elsewhere."""
+        rows, cache = self.rows, self.decoder.cache
+        self.missing = (rows.length - cache.length).clamp(1, 2)                 # (b,)
+        width = 2 if cache.counts.is_cuda else int(self.missing.max())
+        first = rows.length - self.missing
+        at = first[:, None] + torch.arange(width, device=first.device)
+        logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing if width > 1 else None)
+        logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
+        tokens, qs = [], []
+        for i in range(self.K):
+            token, q = self.choose(logits)
+            tokens.append(token)
+            qs.append(q)
+            if i < self.K - 1:
+                logits = self.decoder.decode(token[:, None])[:, 0]
+        greedy = self.sampling.temperature == 0
+        return Proposal(torch.stack(tokens, 1), None if greedy else torch.stack(qs, 1))
+
+    def choose(self, logits):
+        """logits (b,V or v) -> token (b,), q (b,V) or None at temperature 0"""
+        q = None
+        if self.sampling.temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            q = self.sampling.probabilities(logits)
+            token = draw(q, self.sampling.generator)
+        if self.subset is not None:
+            token = self.subset[token]
+            if q is not None:
+                q = q.new_zeros(len(q), self.vocab).index_copy(1, self.subset, q)
+        return token, q
+
+    def settle(self, n_accepted):
+        """n_accepted (b,): the last drafted token was never read, so at most K - 1 are kept."""
+        n = self.missing + n_accepted.clamp(max=self.K - 1)
+        self.decoder.cache.commit(torch.where(self.rows.alive, n, 0))
+
+
+class NGramDraft:
+    """Continues as the context did after the latest earlier occurrence of its last n tokens.
+
+    Falls back to shorter matches, down to `least`; without one the row's round is a plain step.
+    """
+
+    def __init__(self, n=3, least=2):
+        require(1 <= least <= n, f"ngram {n}: the shortest match {least} must be in 1..{n}")
+        self.n, self.least = n, least
+
+    def start(self, target, rows, lookahead, sampling, ring):
+        self.rows, self.K = rows, lookahead
+
+    def prefill(self, padded, mask):
+        pass
+
+    def propose(self):
+        """-> Proposal; on the CPU without columns when no row has a match."""
+        rows, tokens = self.rows, self.rows.tokens
+        if not tokens.is_cuda:
+            tokens = tokens[:, :int(rows.length.max())]
+        start = latest_match(tokens, rows.length, self.n, self.least)           # (b,)
+        n = torch.where(rows.alive & (start > 0), self.K, 0)
+        K = self.K if tokens.is_cuda or n.any() else 0
+        # past the end of the context the continuation repeats itself
+        period = (rows.length - start)[:, None]
+        at = start[:, None] + torch.arange(K, device=start.device) % period
+        return Proposal(tokens.gather(1, at), None, n)
+
+    def settle(self, n_accepted):
+        pass
+
+
+def latest_match(tokens, length, n, least):
+    """Where the latest earlier occurrence of a row's last n (or fewer) tokens ends; 0: nowhere.
+
+    tokens (b,width)  length (b,) -> (b,) index of the token that followed
+    """
+    found = torch.zeros_like(length)
+    for size in range(n, least - 1, -1):
+        if size >= tokens.shape[1]:
+            continue
+        k = torch.arange(size, device=tokens.device)
+        suffix = tokens.gather(1, (length[:, None] - size + k).clamp(min=0))    # (b,size)
+        same = (tokens.unfold(1, size, 1) == suffix[:, None]).all(-1)           # (b,width-size+1)
+        end = torch.arange(size, tokens.shape[1] + 1, device=tokens.device)
+        end = torch.where(same & (end < length[:, None]), end, 0).amax(-1)
+        found = torch.where(found > 0, found, end)
+    return found
+
+
+def LayerSubsetDraft(model, layers, vocab_subset=None):
+    """An ordinary model of a few of the target's layers, with its embeddings, norm and head.
+
+    Weights are shared with `model` (deepcopy it before training: "shrink and fine-tune"); layers
+    are renumbered, so that caches and save_pretrained see an ordinary model.
+    """
+    L, layers = len(model.model.layers), [int(i) for i in layers]
+    require(layers and all(0 <= i < L for i in layers) and len(set(layers)) == len(layers),
+            f"draft layers {layers}: must be different indices in 0..{L - 1}")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in layers]
+    if hasattr(config, "attn_layers"):
+        config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
+    with torch.device("meta"):
+        draft = type(model)(config)
+    for ours, i in zip(draft.model.layers, layers):
+        ours.load_state_dict(model.model.layers[i].state_dict(keep_vars=True), assign=True)
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(draft.model, name, getattr(model.model, name))
+    draft.lm_head = model.lm_head
+    draft.generation_config, draft.vocab_subset = model.generation_config, vocab_subset
+    return draft.train(model.training)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Algorithm 2: SPECULATE drafts, VERIFY checks all drafted tokens in one multi-step call.
+# ---------------------------------------------------------------------------------------------
+
+
+def first_conflict(agrees):
+    """FirstConflict: how many drafted tokens stand before the first that does not.
+
+    agrees (b,K) bool -> (b,)
+    """
+    return agrees.long().cumprod(-1).sum(-1)
+
+
+def accept(logits, proposal, sampling, simulate=None):
+    """Which drafted tokens stand, and the token after them, with exactly the target's distribution.
+
+    Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
+    d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
+    max(0, p_i - q_i), normalised; where all stand, from p_K. Both cases are one when q_K = 0.
+    simulate: SIMULATED acceptance for timing, each token stands with this probability.
+
+    logits (b,K+1,V) -> n_accepted (b,), next token (b,)
+    """
+    drafted, (b, K) = proposal.tokens, proposal.tokens.shape
+    row, t = torch.arange(b, device=drafted.device), torch.arange(K, device=drafted.device)
+    counts = True if proposal.n is None else t < proposal.n[:, None]            # (b,K)
+    if simulate is not None:
+        n = first_conflict(torch.rand(b, K, device=drafted.device) < simulate)
+        return n, logits[row, n].argmax(-1)
+    if sampling.temperature == 0:
+        chosen = logits.argmax(-1)                                              # (b,K+1)
+        n = first_conflict((drafted == chosen[:, :K]) & counts)
+        return n, chosen[row, n]
+    p, q = sampling.probabilities(logits), proposal.q                           # (b,K+1,V)
+    p_d = p[:, :K].gather(2, drafted[..., None])[..., 0]                        # (b,K)
+    q_d = 1.0 if q is None else q.gather(2, drafted[..., None])[..., 0]
+    u = torch.empty_like(p_d).uniform_(generator=sampling.generator)
+    n = first_conflict((u * q_d < p_d) & counts)
+    p_n, at = p[row, n], n.clamp(max=max(0, K - 1))                             # (b,V)
+    if K == 0:
+        return n, draw(p_n, sampling.generator)
+    q_n = F.one_hot(drafted[row, at], p.shape[-1]).to(p) if q is None else q[row, at]
+    q_n = q_n * (n < (K if proposal.n is None else proposal.n))[:, None]        # all stood: 0
+    rest = (p_n - q_n).clamp_(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)               # p = q, rounded
+    return n, draw(rest, sampling.generator)
+
+
+def verify(target, rows, proposal, sampling, simulate=None):
+    """VERIFY: one multi-step call on [last token, K drafted ones]; commit what stands.
+
+    target: a Decoder -> n_accepted (b,), next token (b,)
+    """
+    logits = target.decode(torch.cat([rows.last[:, None], proposal.tokens], 1))  # (b,K+1,V)
+    n, token = accept(logits, proposal, sampling, simulate)
+    target.cache.commit(torch.where(rows.alive, n + 1, 0))
+    return n, token
+
+
+def emit(rows, proposal, n, token):
+    """Append the accepted tokens and the target's own one to each row, and count."""
+    block = torch.cat([proposal.tokens, token[:, None]], 1)                     # (b,K+1)
+    block = block.scatter(1, n[:, None], token[:, None])
+    drafted = torch.full_like(n, proposal.tokens.shape[1]) if proposal.n is None else proposal.n
+    alive = rows.alive.long()
+    rows.tally += torch.stack([alive.amax(), alive.sum(), (drafted * alive).sum(),
+                               (n * alive).sum()])
+    rows.append(block, n + 1)
+
+
+@torch.no_grad()
+def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, temperature=0.0,
+                       top_k=0, top_p=1.0, eos_token_id=None, generator=None, ring=16,
+                       simulate=None, on_round=None):
+    """SPECULATE: draft K tokens, VERIFY, until every row has ended; rows advance independently.
+
+    target: a hybrid or a plain decoder. draft: the same, or an object with start, prefill,
+    propose and settle (section 4). input_ids: (b,l), or b 1-D tensors of different lengths.
+    eos_token_id: None, an id or several. ring: most tokens between two commits. simulate: see
+    `accept`. on_round: called with (rows, proposal, n_accepted, token) before tokens are emitted.
+    Raises ValueError, in one line, for anything that does not fit. -> DecodeResult
+    """
+    require(lookahead >= 1, f"lookahead {lookahead} must be at least 1")
+    require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
+    sampling = Sampling(temperature, top_k, top_p, generator)
+    rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
+    start = rows.length.tolist()
+    if not hasattr(draft, "propose"):
+        draft = ModelDraft(draft, getattr(draft, "vocab_subset", None))
+    decoder = Decoder(target, rows, ring)
+    draft.start(target, rows, lookahead, sampling, ring)
+
+    def check(proposal):
+        n, token = verify(decoder, rows, proposal, sampling, simulate)
+        draft.settle(n)
+        if on_round is not None:
+            on_round(rows, proposal, n, token)
+        emit(rows, proposal, n, token)
+
+    def step():
+        check(draft.propose())
+
+    if rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True):
+        warm_up(step)                  # no row is alive yet: captures leave `rows` as they are
+        propose = Captured(draft.propose, generator)
+        judge = Captured(lambda: check(propose.result), generator)
+
+        def step():
+            propose()
+            judge()
+
+    logits = decoder.prefill(padded, mask)
+    draft.prefill(padded, mask)
+    rows.alive.fill_(True)
+    rows.append(sampling.choose(logits)[:, None], torch.ones_like(rows.length))
+    return rows.result(start, drive(step, rows, max_new_tokens - 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
+# ---------------------------------------------------------------------------------------------
+
+# their name inside `mamba.`: (our name inside `self_attn.`, rows of our in_proj or None)
+THEIR_NAMES = {
+    "mamba2": {"in_proj.weight": ("in_proj.weight", None), "dt_bias": ("dt_bias", None),
+               "norm.weight": ("norm_weight", None)},
+    "mamba": {"in_proj_z.weight": ("in_proj.weight", "z"),
+              "in_proj_x.weight": ("in_proj.weight", "x"), "B_proj.weight": ("in_proj.weight", "B"),
+              "C_proj.weight": ("in_proj.weight", "C"),
+              "dt_proj_down.weight": ("in_proj.weight", "dt"),
+              "dt_proj.weight": ("dt_proj.weight", None), "dt_proj.bias": ("dt_bias", None)},
+}
+for _names in THEIR_NAMES.values():
+    _names.update({k: (k, None) for k in ("conv1d.weight", "conv1d.bias", "A_log", "D",
+                                          "out_proj.weight")})
+
+
+def checkpoint_tensors(folder):
+    """(name, tensor) of every safetensors or .bin file of a directory, one in memory at a time."""
+    from safetensors import safe_open
+    names = sorted(os.listdir(folder))
+    files = [n for n in names if n.endswith(".safetensors")] or [
+        n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
+    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
+    for name in files:
+        path = os.path.join(folder, name)
+        if name.endswith(".bin"):
+            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+        else:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+
+
+def authors_config(folder):
+    """config.json (the teacher's) and mamba_config.json as one HybridConfig."""
+    with open(os.path.join(folder, "config.json")) as file:
+        fields = json.load(file)
+    with open(os.path.join(folder, "mamba_config.json")) as file:
+        theirs = json.load(file)
+    ssm = theirs.get("ssm_cfg") or {}
+    mixer = "mamba2" if "ngroups" in ssm or ssm.get("layer") == "Mamba2" else "mamba"
+    heads = fields["num_attention_heads"]
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+    for name, ours, unit in (("d_xb", fields.get("num_key_value_heads", heads) * head_dim, "K/V"),
+                             ("d_inner", heads * head_dim, "query")):
+        require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
+                f"but the {unit} heads of config.json make {ours}")
+    mamba = mixer == "mamba"
+    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
+    switches = {**mamba_in_llama.RECIPES["paper"], "norm": not mamba, "group_by_state": mamba,
+                "d_state": ssm.get("d_state", 16 if mamba else head_dim),
+                "d_conv": ssm.get("d_conv", 4)}
+    return mamba_in_llama.HybridConfig(
+        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
+        attn_layers=sorted(theirs["attn_layers"]), mixer=mixer, recipe="paper", **switches)
+
+
+@torch.no_grad()
+def load_authors_checkpoint(directory_or_hub_name, dtype=None):
+    """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
+
+    Their Mamba adds dt_proj.bias twice (and was trained so): our dt_bias is twice theirs. dtype
+    None: bfloat16. Memory: the model and one tensor. Raises ValueError for another format and
+    for missing or unknown tensors.
+    """
+    folder, dtype = directory_or_hub_name, dtype or torch.bfloat16
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
+    for name in "config.json", "mamba_config.json":
+        require(os.path.isfile(os.path.join(folder, name)), f"{folder} has no {name}: not in the "
+                "format of the authors' checkpoints")
+    config = authors_config(folder)
+    with torch.device("meta"):
+        model = mamba_in_llama.HybridForCausalLM(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
+    modules, wanted = dict(model.named_modules()), {}
+    for name, p in list(model.named_parameters()):
+        wide = name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict
+        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        wanted[name] = nn.Parameter(torch.zeros(p.shape, dtype=kind))
+        parent, leaf = name.rpartition(".")[::2]
+        setattr(modules[parent], leaf, wanted[name])
+    model.tie_weights()
+    # a mixer's own biases are ours: theirs have none
+    missing = {n for n in wanted if not n.endswith(("in_proj.bias", "out_proj.bias"))}
+    seen = set()
+    for key, tensor in checkpoint_tensors(folder):
+        name, rows = key, slice(None)
+        if ".mamba." in key:
+            prefix, theirs = key.split("mamba.", 1)
+            require(theirs in THEIR_NAMES[config.mixer], f"{key}: unknown tensor of a "
+                    f"{config.mixer} checkpoint")
+            ours, part = THEIR_NAMES[config.mixer][theirs]
+            name = f"{prefix}self_attn.{ours}"
+            rows = modules[f"{prefix}self_attn"].rows[part] if part else rows
+            tensor = 2 * tensor if theirs == "dt_proj.bias" else tensor
+        elif key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
+            continue
+        require(name in wanted, f"{key}: unknown tensor")
+        require(wanted[name][rows].shape == tensor.shape, f"{key}: shape {tuple(tensor.shape)}, "
+                f"but {tuple(wanted[name][rows].shape)} is needed")
+        wanted[name][rows] = tensor.to(wanted[name].dtype)
+        seen.add(key)
+        missing.discard(name)
+    if config.mixer == "mamba":        # one of our matrices is five of theirs
+        missing |= {f"model.layers.{i}.mamba.{n}" for i in model.mixers()
+                    for n, (_, part) in THEIR_NAMES["mamba"].items()
+                    if part and f"model.layers.{i}.mamba.{n}" not in seen}
+    require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {min(missing, default='')}")
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
+# ---------------------------------------------------------------------------------------------
+
+# width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
+# 0 % hybrids (so with MLPs) of the paper's parameter counts.
+SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
+          "130m": (768, 1984, 12, 12, 12, 50280, True),
+          "7b": (4096, 10304, 32, 32, 32, 128256, True),
+          "1b": (2048, 8192, 16, 32, 8, 128256, True),
+          "8b": (4096, 14336, 32, 32, 8, 128256, False),
+          "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
+# target, its attention share, draft (shape and share, or layers), draft's words, K, and the
+# paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
+BENCH = [("2.8b", 0, ("130m", 0), None, 3, 3.9, 1.71), ("2.8b", 0, ("130m", 0), None, 4, 3.9, 1.85),
+         ("7b", 0, ("1b", 1), None, 3, 3.28, 1.95), ("7b", 0, ("1b", 1), None, 4, 3.6, 2.0),
+         ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
+         ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
+         ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88),
+         ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
+         ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
+         ("tiny", 0, ("nano", 0), None, 3, 3.0, None), ("tiny", 0, ("nano", 1), None, 4, 3.6, None),
+         ("tiny", 0.5, [0, 7], None, 4, 2.48, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None)]
+
+
+def seconds(function, cuda):
+    """Wall-clock time of one call, with what it queued on the device."""
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def clock(calls, cuda):
+    """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
+    def run():
+        for f in calls:
+            f()
+
+    calls[0]()
+    once = Captured(run) if cuda else run
+    return sorted(seconds(once, cuda) for _ in range(5))[2]
+
+
+def hybrid_config(fields, teacher_type, share, **switches):
+    """A near_linear hybrid of `share` attention around a teacher with these config fields."""
+    drop = ("model_type", "architectures", "dtype")
+    return mamba_in_llama.HybridConfig(
+        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=teacher_type,
+        attn_layers=mamba_in_llama.attention_layers(share, fields["num_hidden_layers"]),
+        **{**mamba_in_llama.RECIPES["near_linear"], **switches})
+
+
+def random_model(shape, share, device, dtype):
+    """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
+    from transformers import LlamaConfig
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+    fields = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192).to_dict()
+    config = hybrid_config(fields, "llama", share,
+                           **({} if share else dict(mixer="mamba", d_state=16)))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with device:
+            model = mamba_in_llama.HybridForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    for name, p in model.named_parameters():
+        if name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict:
+            p.data = p.data.to(torch.promote_types(dtype, torch.float32))
+    return model.eval()
+
+
+def weight_bytes(model, words=None):
+    """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    rest = sum(p.numel() * p.element_size() for p in model.parameters()
+               if p is not head and p is not table)
+    return rest + (words or len(head)) * head.shape[1] * head.element_size()
+
+
+@torch.no_grad()
+def step_seconds(model, T, prompt, calls=48):
+    """Mean time of a call of T tokens, all accepted, over cycles of a ring of 16. prompt (1,l)"""
+    rows = read_prompts(model, prompt, calls * T, T, None)[0]
+    decoder, tokens = Decoder(model, rows, ring=16), rows.last.repeat(1, T)     # (1,T)
+    all_stand = torch.full_like(rows.length, T)
+
+    def call():
+        decoder.decode(tokens)
+        decoder.cache.commit(all_stand)
+
+    if prompt.is_cuda:
+        warm_up(call)
+        call = Captured(call)
+    decoder.prefill(prompt, None)
+    return seconds(lambda: [call() for _ in range(calls)], prompt.is_cuda) / calls
+
+
+def acceptance_for(gen, K):
+    """The chance P per token for which # Gen = 1 + P + ... + P^K, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        P = (low + high) / 2
+        low, high = (P, high) if sum(P ** i for i in range(K + 1)) < gen else (low, P)
+    return low
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read plus written, of a copy that no cache holds."""
+    cuda = device.type == "cuda"
+    a, b = (torch.ones(2 ** (28 if cuda else 24), device=device) for _ in "ab")
+    return 8 * a.numel() / clock([lambda: b.copy_(a)], cuda)
+
+
+def bench(args, device):
+    """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
+
+    floor: share of the time in which the weights could at best be read. verify: a call of K + 1
+    tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
+    """
+    cuda, rows, built = device.type == "cuda", [], {}
+    dtype, sizes = torch.bfloat16 if cuda else torch.float32, args.sizes or (
+        "2.8b,7b,8b" if cuda else "tiny")
+    require(set(sizes.split(",")) <= {r[0] for r in BENCH}, f"--sizes {sizes}: want some of "
+            "2.8b,7b,8b,tiny")
+    bandwidth = copy_bandwidth(device)
+    about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
+             "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+    print(about, "random weights, SIMULATED acceptance", sep="\n")
+    print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
+          f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
+    prompt = torch.arange(1, 33, device=device)[None]
+    for shape, share, spec, words, K, gen, paper in BENCH:
+        if shape not in sizes.split(","):
+            continue
+        if (shape, share) not in built:                 # one target in memory at a time
+            built = {}
+            target = built[shape, share] = random_model(shape, share, device, dtype)
+            plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
+            one = step_seconds(target, 1, prompt)
+        layers = isinstance(spec, list)
+        draft = LayerSubsetDraft(target, spec) if layers else random_model(*spec, device, dtype)
+        P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
+        fast = speculative_decode(
+            target, ModelDraft(draft, words and torch.arange(words, device=device)), prompt,
+            args.max_new_tokens, K, simulate=P)
+        ratio = weight_bytes(draft, words) / weight_bytes(target)
+        row = {"target": f"{shape} {share:.0%} attention", "draft": (
+            f"layers {','.join(map(str, spec))}" if layers else spec[0]) + (
+            f", {words // 1024}k words" if words else ""), "K": K, "gen": fast.tokens_per_round,
+            "plain_tokens_per_s": plain, "share_of_floor": weight_bytes(target) / bandwidth * plain,
+            "verify_over_step": step_seconds(target, K + 1, prompt) / one,
+            "tokens_per_s": fast.tokens_per_second, "speed_up": fast.tokens_per_second / plain,
+            "bound": fast.tokens_per_round / (1.1 + K * ratio), "paper_speed_up": paper,
+            "simulated_acceptance": P, "paper_gen": gen, "draft_bytes_share": ratio}
+        rows.append(row | about)
+        print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
+              "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
+              "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
+    return rows
+
+
+# mixer, heads, groups, P, N of a layer: a converted 8B Llama, SmolLM2, and Mamba of 7B and 2.8B
+KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
+                 "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
+                 "mamba 4096x16": ("mamba", 256, 64, 16, 16),
+                 "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
+SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32),
+                "mamba 256x16": ("mamba", 16, 8, 16, 16)}
+
+
+def kernel_inputs(layer, b, T, ring, device, dtype):
+    """One layer's arguments of `multi_step`, up to the rings."""
+    (mixer, H, G, P, N), like, wide = layer, dict(device=device, dtype=dtype), dict(device=device)
+    (p, n, gx), slots = (1, 1, G) if mixer == "mamba2" else (P, N, H), 2 * ring
+    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),
+            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),
+            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3, torch.randn(H, p, **wide),
+            torch.randn(b, T, H, P, **like), torch.randn(b, H, P, N, **wide),
+            torch.randn(b, slots, gx, P, **like), torch.rand(b, slots, H, p, **wide) / 10,
+            torch.randn(b, slots, G, N, **like)]
+
+
+def flush_cycle(T, ring):
+    """(base, length) of every call from one flush to the next, all T tokens accepted."""
+    base, length, cycle, flushes = 0, 0, [], 0
+    while flushes < 2:
+        flush = length - base + T > ring
+        flushes += flush
+        if flushes:
+            cycle.append((base, length))
+        base, length = length if flush else base, length + T
+    return cycle[:-1]
+
+
+def bench_kernel(args, device):
+    """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
+
+    The mean over a whole flush cycle; on CUDA one graph, on rotated buffers that exceed the L2.
+    """
+    cuda, rows = device.type == "cuda", []
+    dtype, least = (torch.bfloat16, 150 << 20) if cuda else (torch.float32, 0)
+    print(f"{'layer':<20}{'batch':>6}{'T':>4}{'us/call':>10}{'T x one':>10}{'copy':>9}")
+    for name, layer in (KERNEL_LAYERS if cuda else SMALL_LAYERS).items():
+        for b in (1, 8, 64, 256) if cuda else (1, 8):
+            size = 4 * b * layer[1] * layer[3] * layer[4]
+            copies = max(1, min(64, -(-least // size)))
+            pairs, one = [torch.empty(2, size // 4, device=device) for _ in range(copies)], 0.0
+            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs], cuda) / copies
+            for T in range(1, 17):
+                ring = 16 if T <= 8 else 32
+                sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
+                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32).to(device)
+                          for i, j in flush_cycle(T, ring)]
+                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=ring)
+                         for c in counts for s in sets]
+                spent = clock(calls, cuda) / len(calls)
+                one = spent if T == 1 else one
+                rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
+                             "us_single_steps": 1e6 * T * one, "us_copy": 1e6 * copied})
+                print("{layer:<20}{batch:>6}{T:>4}{us:10.1f}{us_single_steps:10.1f}{us_copy:9.1f}"
+                      .format(**rows[-1]), flush=True)
+    return rows
+
+
+def plot(rows, path):
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = list(dict.fromkeys(r.get("layer") for r in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9 if panels == [None] else 16, 4.5))
+    for axis, layer in zip([axes] if len(panels) == 1 else axes, panels):
+        if layer is None:
+            labels = [f"{r['target']}, {r['draft']}, K = {r['K']}" for r in rows]
+            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
+            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=18,
+                      label="paper")
+            axis.set(xlabel="speed-up over plain decoding")
+        for b in dict.fromkeys(r["batch"] for r in rows if layer):
+            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+            axis.plot([r["T"] for r in part], [r["us"] / r["T"] for r in part], "o-",
+                      label=f"batch {b}")
+            axis.set(title=layer, xlabel="tokens per call T", yscale="log", ylabel="us per token")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Needle in a haystack (Figure 4), and what a cache weighs.
+# ---------------------------------------------------------------------------------------------
+
+
+def needle(args, device):
+    """--needle: is a number found again, hidden at some depth of a long text? -> rows"""
+    from pydoc_data.topics import topics
+    model, tokenizer = load(args.target, device)
+    hay, rows = encode("\n".join(topics[k] for k in sorted(topics)), tokenizer, raw=True), []
+    try:
+        lengths = [int(v) for v in args.lengths.split(",")]
+        depths = [float(v) for v in args.depths.split(",")]
+    except ValueError:
+        lengths = depths = [-1]
+    require(min(lengths) >= 64 and 0 <= min(depths) <= max(depths) <= 1, f"--lengths "
+            f"{args.lengths} must be numbers of at least 64, --depths {args.depths} within 0..1")
+    print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
+          f"{'length':>8}" + "".join(f"{d:7.0%}" for d in depths))
+    draw = torch.Generator().manual_seed(args.seed)
+    ask = encode("\nWhat is the magic number? The magic number is", tokenizer, raw=True)
+    for length in lengths:
+        for depth in depths:
+            found = 0
+            for _ in range(args.trials):
+                secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
+                fact = encode(f"\nThe magic number is {secret}.\n", tokenizer, raw=True)
+                room = length - len(fact) - len(ask)
+                first = int(torch.randint(len(hay), (), generator=draw))
+                text = hay.roll(-first).repeat(1 + room // len(hay))[:room]
+                cut = int(depth * room)
+                prompt = torch.cat([text[:cut], fact, text[cut:], ask]).to(device)
+                found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
+            rows.append({"length": length, "depth": depth, "found": found / args.trials})
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(depths):]),
+              flush=True)
+    return rows + cache_table(model.config)
+
+
+def cache_table(config):
+    """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
+    config = config.teacher_config() if hasattr(config, "teacher_config") else config
+    sizes, rows = (1024, 8192, 65536), []
+    print("\ncache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
+        f"{n:>18,}" for n in sizes))
+    for share in (1.0, 0.5, 0.25, 0.0):
+        with torch.device("meta"):
+            model = mamba_in_llama.HybridForCausalLM(hybrid_config(
+                config.to_dict(), config.model_type, share)).to(torch.bfloat16)
+        for n in sizes:
+            layers = MixerCache.allocate(model, 1, n, ring=1).layers
+            rows.append({"attention": share, "tokens": n, "cache_bytes": sum(
+                t.numel() * t.element_size() for layer in layers for t in layer)})
+        print(f"{share:>10.0%}" + "".join(
+            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['cache_bytes'] / teacher['cache_bytes']:4.0%})"
+            for r, teacher in zip(rows[-len(sizes):], rows)))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. The command line.
+# ---------------------------------------------------------------------------------------------
+
+
+def load(name, device):
+    """A model (ours, the authors' or a plain decoder) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    require(name, "give --target DIR_OR_HUB_NAME")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if os.path.exists(os.path.join(name, "mamba_config.json")):
+            model = load_authors_checkpoint(name, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def read_draft(spec, target, device, words=None):
+    """DIR, layers:0,10,20,29 or ngram:3 -> a draft; words: cut its head to the first so many ids
+    (a BPE numbers its words roughly from the most frequent on)."""
+    kind, _, value = spec.partition(":")
+    try:
+        numbers = [int(v) for v in value.split(",")] if kind in ("layers", "ngram") else []
+    except ValueError:
+        raise ValueError(f"--draft {spec}: want numbers after {kind}:") from None
+    if kind == "ngram":
+        require(len(numbers) == 1, f"--draft {spec}: want one number")
+        return NGramDraft(numbers[0], min(2, numbers[0]))
+    draft = LayerSubsetDraft(target, numbers) if kind == "layers" else load(spec, device)[0]
+    vocab = draft.config.vocab_size
+    require(words is None or 1 <= words <= vocab, f"--draft-words {words} is outside 1..{vocab}")
+    return ModelDraft(draft, None if words is None else torch.arange(words, device=device))
+
+
+def encode(text, tokenizer, raw=False):
+    """text -> ids (l,), through the chat template where there is one, unless `raw`."""
+    if tokenizer.chat_template and not raw:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    require(ids, "the prompt is empty")
+    return torch.tensor(ids)
+
+
+def painter(tokenizer):
+    """An `on_round` that shows the first row's rounds as Figure 2 does: what stands, what falls,
+    what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
+        "{}", "[-{}-]", "{{+{}+}}")
+
+    def show(rows, proposal, n, token):
+        if rows.alive[0]:
+            drafted, n = proposal.tokens[0].tolist(), int(n[0])
+            words = [repr(tokenizer.decode(part))[1:-1]
+                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
+            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
+                mark.format(word) for mark, word in zip(marks, words) if word))
+
+    return show
+
+
+@torch.no_grad()
+def identical(target, prompt, plain, fast):
+    """"yes", or the first difference and how far apart the target's two logits are there."""
+    if torch.equal(plain, fast):
+        return "yes"
+    n = min(len(plain), len(fast))
+    i = int((plain[:n] != fast[:n]).int().argmax())
+    hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
+    a, b = target.get_output_embeddings()(hidden)[[plain[i], fast[i]]].tolist()
+    return f"no: token {i} differs, its logits are {abs(a - b):.2g} apart"
+
+
+def compare(target, drafts, prompt, tokenizer, args, ends=None, show=True):
+    """Plain decoding, then each draft (name, draft): the rounds, and one table. -> rows"""
+    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                    eos_token_id=ends)
+
+    def decode(draft, n_new=args.max_new_tokens, **more):
+        more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
+        if draft is None:
+            return generate(target, prompt, n_new, **settings, **more)
+        return speculative_decode(target, draft, prompt, n_new, args.lookahead, **settings, **more)
+
+    plain = decode(None)
+    rows = [{"draft": "none", "K": 0, "gen": 1.0, "acceptance": 0.0, "speed_up": 1.0,
+             "tokens_per_s": plain.tokens_per_second, "identical": ""}]
+    for name, draft in drafts:
+        if show:
+            print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
+            decode(draft, min(48, args.max_new_tokens), on_round=painter(tokenizer))
+        fast = decode(draft)
+        same = "(sampled)" if args.temperature else identical(target, prompt, plain.tokens[0],
+                                                              fast.tokens[0])
+        rows.append({"draft": name, "K": args.lookahead, "gen": fast.tokens_per_round,
+                     "acceptance": fast.accepted / max(1, fast.drafted),
+                     "speed_up": fast.tokens_per_second / max(plain.tokens_per_second, 1e-9),
+                     "tokens_per_s": fast.tokens_per_second, "identical": same})
+    print("\n" + tokenizer.decode(fast.tokens[0], skip_special_tokens=True).strip() + "\n")
+    print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
+          "  identical to plain decoding")
+    for row in rows:
+        print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
+              "{identical}".format(**row))
+    return rows
+
+
+def tiny(args, device):
+    """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
+    if not os.path.exists("tiny_run/mamba2/config.json"):
+        mamba_in_llama.main(["--tiny"])
+    target, tokenizer = load("tiny_run/mamba2", device)
+    text = "The standard exception classes that a program can"
+    starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
+    answers = torch.tensor(mamba_in_llama.sample(target, starts, 96, None))
+    shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
+    mamba_in_llama.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1,
+                          beta=1.0)
+    drafts = [("layers 0,3, fine-tuned", shrunk.eval()),
+              ("layers 0,3", LayerSubsetDraft(target, [0, 3])), ("ngram:3", NGramDraft(3)),
+              ("the teacher", load("tiny_run/teacher", device)[0]),
+              ("the Mamba hybrid", load("tiny_run/mamba", device)[0])]
+    return compare(target, drafts, encode(args.prompt or text, tokenizer, args.raw).to(device),
+                   tokenizer, args)
+
+
+def make_draft(args, device):
+    """--make-draft layers:...: shrink, fine-tune on the target's own answers, save. -> losses"""
+    require(args.out and not (os.path.isdir(args.out) and os.listdir(args.out)),
+            f"--out {args.out}: want a directory that is new or empty")
+    require(args.make_draft.startswith("layers:"),
+            f"--make-draft {args.make_draft}: want layers:I,J")
+    target, tokenizer = load(args.target, device)
+    draft = copy.deepcopy(read_draft(args.make_draft, target, device).model)
+    chat = mamba_in_llama.Chat(tokenizer)
+    data = mamba_in_llama.real_data(target, chat, mamba_in_llama.parse_args([
+        "--teacher", args.target, "--out", args.out, "--rows", str(args.rows),
+        "--length", str(args.length)]))
+    history = mamba_in_llama.distil("draft", draft, target, *data.train, 10 ** 9, lr=args.lr,
+                                    alpha=0.1, beta=1.0, seconds=60 * args.minutes)
+    mamba_in_llama.save(draft.eval(), chat, args.out)
+    first, last = history[0][1], history[-1][1]
+    print(f"{len(history)} steps, loss {first:.3f} -> {last:.3f}; saved to {args.out}")
+    return [{"step": step, "loss": loss} for step, loss in history]
+
+
+MODES = (tiny, bench, bench_kernel, needle, make_draft)
+
+
+def parse_args(argv):
+    """All flags; their defaults are in --help."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="every kind of draft on the hybrid in ./tiny_run")
+    add("--bench", action="store_true", help="Tables 1 and 5: random weights, simulated acceptance")
+    add("--bench-kernel", action="store_true", help="Figure 3: T tokens per call of the kernel")
+    add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
+    add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
+    add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder, or the authors' format")
+    add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
+    add("--draft-words", type=int, help="cut the draft's head to the first so many words")
+    add("--prompt", metavar="TEXT", help="the text to answer")
+    add("--raw", action="store_true", help="no chat template around the prompt")
+    add("--lookahead", type=int, default=4, help="tokens drafted per round, K")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0 keeps all")
+    add("--top-p", type=float, default=1.0, help="probability that is kept")
+    add("--max-new-tokens", type=int, default=128, help="budget, tokens")
+    add("--simulate-acceptance", type=float, metavar="P",
+        help="--bench: each token stands with this chance (None: from the paper's # Gen)")
+    add("--sizes", help="--bench: some of 2.8b,7b,8b,tiny (None: what suits the device)")
+    add("--lengths", default="512,1024,2048", help="--needle: tokens")
+    add("--depths", default="0,0.25,0.5,0.75,1", help="--needle: 0 is the beginning")
+    add("--trials", type=int, default=5, help="--needle: numbers per length and depth")
+    add("--out", metavar="DIR", help="--make-draft: where the draft goes")
+    add("--minutes", type=float, default=10.0, help="--make-draft: time to train")
+    add("--rows", type=int, default=256, help="--make-draft: rows that the target writes")
+    add("--length", type=int, default=256, help="--make-draft: tokens per row")
+    add("--lr", type=float, default=5e-4, help="--make-draft: learning rate")
+    add("--seed", type=int, default=0, help="of every draw")
+    add("--json", metavar="FILE", help="write the rows of the table")
+    add("--plot", metavar="F.png", help="a picture of --bench or --bench-kernel (matplotlib)")
+    args = parser.parse_args(argv)
+    P = args.simulate_acceptance
+    require(P is None or 0 <= P <= 1, f"--simulate-acceptance {P} is outside 0..1")
+    for name in "lookahead", "max_new_tokens", "trials", "rows", "length", "minutes", "lr":
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
+                "be above 0")
+    Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
+    modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
+    require(args.plot is None or args.bench or args.bench_kernel,
+            "--plot goes with --bench or --bench-kernel")
+    return args
+
+
+def main(argv=None):
+    """Run the command line. -> the rows that --json writes"""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
+    if modes:
+        rows = modes[0](args, device)
+    else:
+        target, tokenizer = load(args.target, device)
+        draft = read_draft(args.draft, target, device, args.draft_words)
+        ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
+        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if tokenizer.chat_template and not args.raw:
+            ends.append(mamba_in_llama.Chat(tokenizer).end)
+        prompt = encode(args.prompt, tokenizer, args.raw).to(device)
+        rows = compare(target, [(args.draft, draft)], prompt, tokenizer, args, ends)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    if args.plot:
+        plot(rows, args.plot)
+    return rows
+
+
+if __name__ == "__main__":
+    mamba_in_llama.cli(main)
