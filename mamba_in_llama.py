@@ -1233,10 +1233,11 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     weight = teacher.get_input_embeddings().weight
     eager = teacher.config._attn_implementation == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"
-    student = HybridForCausalLM(config).to(weight.dtype)
-    for name, target in student.named_parameters():             # fp32 whatever the teacher is
-        if name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict:
-            target.data = target.data.to(torch.promote_types(weight.dtype, torch.float32))
+    student = HybridForCausalLM(config)
+    for name, target in student.named_parameters():             # not the buffers: RoPE stays fp32
+        wide = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
+        target.data = target.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
+                                     else weight.dtype)
     theirs = dict(teacher.named_parameters())
     for name, ours in student.named_parameters():
         if name in theirs:
@@ -2120,6 +2121,6 @@ def cli(run=main):
 
 
 if __name__ == "__main__":
-    import mamba_in_llama  # so that saved classes do not live in __main__
-
-    mamba_in_llama.cli()
+    # saved classes must not live in __main__; an import statement here would become a package that
+    # transformers demands of whoever loads a saved model
+    __import__("mamba_in_llama").cli()
