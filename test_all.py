@@ -1,0 +1,1529 @@
+"""All tests of mamba_in_llama.py, on a CPU and without a network: python -m pytest test_all.py
+
+    python test_all.py --bench          # training forms of both mixers against a loop over tokens
+
+Models have 2 to 4 layers of width 64 and mostly compute in float64, where two correct ways to the
+same number agree to 1e-9 and a wrong one does not. The Triton kernels run in Triton's interpreter
+(on CUDA, where there is one); all other tests use the PyTorch form.
+
+Contents:  1 helpers   2 scan and bridge to attention   3 multi-step kernels   4 decoding, padding
+           5 conversion   6 losses   7 evaluation   8 training, kill and resume   9 saving and
+           generate()   10 errors   11 the command line   12 debugger   13 --bench
+"""
+
+import argparse
+import ast
+import copy
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"     # of the kernel tests; the rest: CPU
+if DEVICE == "cpu":                     # read while the kernels are built, so only for this import
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
+
+import mamba_in_llama as M  # noqa: E402
+
+os.environ.pop("TRITON_INTERPRET", None)                    # models decode by the PyTorch form
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MIXERS = ["mamba2", "mamba"]
+V = 97                                                      # vocabulary of the small models
+
+# ---------------------------------------------------------------------------------------------
+# 1. Helpers.
+# ---------------------------------------------------------------------------------------------
+
+
+def make_teacher(kind="llama", layers=4, kv=2, tied=False, dtype=torch.float64, seed=0, **fields):
+    """A random teacher of width 64 with 4 heads of 16, whose attention is far from uniform."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**dict(
+        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=64,
+        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None),
+        **fields})
+    teacher = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=0.3)
+            elif p.ndim == 2:
+                p.normal_(std=0.15)
+            else:
+                p.add_(0.1 * torch.randn_like(p))
+    return teacher
+
+
+@torch.no_grad()
+def randomize(student, seed=0):
+    """Move every mixer parameter off its special start (identity conv, open gate, no bias)."""
+    torch.manual_seed(seed)
+    for p in M.mixer_parameters(student):
+        p.add_(0.1 * torch.randn_like(p))
+    return student
+
+
+def make_student(attn_layers=None, mixer="mamba2", recipe="near_linear", seed=0, teacher=None,
+                 **fields):
+    """A hybrid whose mixers are random around their start."""
+    d_state = fields.pop("d_state", None)
+    teacher = teacher or make_teacher(seed=seed, **fields)
+    return randomize(M.convert_to_hybrid(teacher, attn_layers, mixer, recipe, d_state), seed)
+
+
+def draw(b, l, seed=0):
+    """Random tokens (b,l)."""
+    return torch.randint(V, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tol=1e-9):
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+
+def parameters_of(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The scan, and the bridge to attention.
+# ---------------------------------------------------------------------------------------------
+
+
+def scan_inputs(mixer, b=2, l=13, H=3, P=4, N=4, seed=0):
+    """x, delta, A, B, C, state as the mixers make them, in float64."""
+    torch.manual_seed(seed)
+    p, n = (1, 1) if mixer == "mamba2" else (P, N)
+
+    def r(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    return [r(b, l, H, P), F.softplus(r(b, l, H, p)), -r(H, p, n).exp(), r(b, l, H, N),
+            r(b, l, H, N), r(b, H, P, N)]
+
+
+@pytest.mark.parametrize("scan", [M.recurrence, M.chunked_scan])
+def test_scan_by_hand(scan):
+    """One head, P = 1, N = 2, A = -ln 2, so that decay = 2^-Delta; C = (1, 1) sums the state.
+
+    t  Delta  decay  x  B       h = decay h + Delta x B                    y
+    1    1     1/2   1  (1,0)   (1, 0)                                     1
+    2    1     1/2   2  (0,1)   (1/2, 0) + 2 (0,1)   = (1/2, 2)            2.5
+    3    2     1/4   4  (1,1)   (1/8, 1/2) + 8 (1,1) = (8.125, 8.5)       16.625
+    """
+    def f(*v):
+        return torch.tensor(v, dtype=torch.float64)
+
+    x, delta = f(1, 2, 4).view(1, 3, 1, 1), f(1, 1, 2).view(1, 3, 1, 1)
+    B, C = f(1, 0, 0, 1, 1, 1).view(1, 3, 1, 2), torch.ones(1, 3, 1, 2, dtype=torch.float64)
+    y, state = scan(x, delta, f(-math.log(2)).view(1, 1, 1), B, C)
+    close(y.flatten(), f(1, 2.5, 16.625))
+    close(state.flatten(), f(8.125, 8.5))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("l,chunk", [(1, 4), (3, 64), (13, 1), (13, 5), (16, 4), (31, 7), (65, 64)])
+def test_chunked_scan_is_the_recurrence(mixer, l, chunk):
+    """Values, final state, and the gradients of every input, the initial state included."""
+    slow = [v.requires_grad_() for v in scan_inputs(mixer, l=l)]
+    fast = [v.detach().clone().requires_grad_() for v in slow]
+    outs = M.recurrence(*slow), M.chunked_scan(*fast, chunk=chunk)
+    for a, b in zip(*outs):
+        close(a, b)
+    weights = [torch.randn_like(v) for v in outs[0]]
+    grads = [torch.autograd.grad(sum((w * v).sum() for w, v in zip(weights, out)), inputs)
+             for out, inputs in zip(outs, (slow, fast))]
+    for a, b in zip(*grads):
+        close(a, b)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_scan_gradcheck(mixer):
+    inputs = [v.requires_grad_() for v in scan_inputs(mixer, b=1, l=5, H=2, P=2, N=3)]
+    assert torch.autograd.gradcheck(lambda *v: M.chunked_scan(*v, chunk=2), inputs)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_scan_splits_anywhere(mixer):
+    *inputs, state = scan_inputs(mixer, l=23)
+    whole, end = M.chunked_scan(*inputs, state, chunk=5)
+    for cut in (1, 5, 11, 22):
+        first, rest = ([v[:, part] if v.ndim == 4 else v for v in inputs]   # A has no time axis
+                       for part in (slice(cut), slice(cut, None)))
+        y1, h = M.chunked_scan(*first, state, chunk=5)
+        y2, h = M.chunked_scan(*rest, h, chunk=5)
+        close(torch.cat([y1, y2], 1), whole)
+        close(h, end)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_scan_survives_strong_decay(mixer):
+    """exp(-3000) is 0: nothing may be divided by it, in float32 and over many chunks."""
+    x, delta, A, B, C, _ = (v.float() for v in scan_inputs(mixer, l=200))
+    inputs = [v.requires_grad_() for v in (x, delta * 30, A * 100, B, C)]
+    y, _ = M.chunked_scan(*inputs, chunk=16)
+    want, _ = M.recurrence(*inputs)
+    close(y, want, 1e-4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+class LinearizedAttention(torch.nn.Module):
+    """The teacher's attention without its softmax: O (tril(Q K^T / sqrt(head_dim)) V)."""
+
+    def __init__(self, attention, rope):
+        super().__init__()
+        self.attention, self.rope = attention, rope
+
+    def forward(self, hidden_states, position_embeddings=None, **kwargs):
+        a = self.attention
+        q, k, v = (proj(hidden_states).unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
+                   for proj in (a.q_proj, a.k_proj, a.v_proj))              # (b,heads,l,head_dim)
+        if self.rope:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        scores = (q @ k.mT * a.head_dim ** -0.5).tril()                     # (b,H,l,l)
+        return a.o_proj((scores @ v).transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("kind,kv", [("llama", 2), ("llama", 4), ("mistral", 1), ("qwen2", 2),
+                                     ("qwen2", 4)])
+def test_recipe_linear_attention_is_linearized_attention(mixer, rope, kind, kv):
+    teacher = make_teacher(kind, layers=3, kv=kv)
+    student = M.convert_to_hybrid(teacher, [1], mixer, "linear_attention", rope=rope)
+    for i in (0, 2):
+        layer = teacher.model.layers[i]
+        layer.self_attn = LinearizedAttention(layer.self_attn, rope)
+    tokens = draw(2, 37)
+    with torch.no_grad():
+        close(student(tokens).logits, teacher(tokens).logits)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Multi-step kernels: random schedules of decode and commit against the plain recurrence over
+#    the accepted tokens only.
+# ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def kernels():
+    """Where Triton kernels run: on the GPU, or on the CPU in the interpreter."""
+    with pytest.MonkeyPatch.context() as patch, torch.device(DEVICE):
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+def sizes(mixer, H=4, GX=2, GB=2, P=16, N=16):
+    p, n = (1, 1) if mixer == "mamba2" else (P, N)
+    return dict(H=H, GX=GX, GB=GB, P=P, N=N, p=p, n=n)
+
+
+def weights(s, skip, wide):
+    A = -torch.rand(s["H"], s["p"], s["n"], dtype=wide) * 4 - 0.01
+    bias = torch.randn(s["H"], s["p"], dtype=wide) - 1
+    return A, bias, torch.randn(s["H"], s["p"], dtype=wide) if skip else None
+
+
+def group(h, H, G, runs):
+    return (h // (H // G * runs)) * runs + h % runs
+
+
+def oracle(x, dt, B, C, A, bias, D, z, h, runs):
+    """One token of one row in float64. x (Gx,P)  h (H,P,N) -> y (H,P), h"""
+    H = C.shape[0]
+    x = torch.stack([x[group(i, H, x.shape[0], runs)] for i in range(H)])
+    B = torch.stack([B[group(i, H, B.shape[0], runs)] for i in range(H)])
+    delta = torch.log1p(torch.exp(dt + bias))
+    h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B[:, None]
+    y = (h * C[:, None]).sum(-1) + (0 if D is None else D * x)
+    return y if z is None else y * z / (1 + torch.exp(-z)), h
+
+
+def f64(v):
+    return v if v is None else v.double()
+
+
+def projection(b, T, s, gate, dtype):
+    """x, dt, B, C, z as column slices of one tensor, as a layer's input projection gives them."""
+    widths = [(s["GX"], s["P"]), (s["H"], s["p"]), (s["GB"], s["N"]), (s["H"], s["N"]),
+              (s["H"], s["P"])]
+    out = torch.randn(b, T, sum(g * w for g, w in widths), dtype=torch.float64).to(dtype)
+    parts = out.split([g * w for g, w in widths], -1)
+    x, dt, B, C, z = (v.unflatten(-1, gw) for v, gw in zip(parts, widths))
+    return x, dt, B, C, z if gate else None
+
+
+def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True, skip=True,
+             max_T=None, fixed=None, s=None):
+    """Run `calls` rounds; return the largest errors (outputs, final state), relative to the max."""
+    with kernels():
+        return run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T,
+                            fixed, s)
+
+
+def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T, fixed, s):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    s = s or sizes(mixer)
+    exact = dtype == torch.float64
+    wide = torch.float64 if exact else torch.float32
+    A, bias, D = weights(s, skip, wide)
+    slots = 2 * ring + rng.randrange(3)
+    state = torch.zeros(b, s["H"], s["P"], s["N"], dtype=wide)
+    ring_x = torch.zeros(b, slots, s["GX"], s["P"], dtype=dtype)
+    ring_dt = torch.zeros(b, slots, s["H"], s["p"], dtype=wide)
+    ring_B = torch.zeros(b, slots, s["GB"], s["N"], dtype=dtype)
+    counts = torch.zeros(3, b, dtype=torch.int32)
+    h = [torch.zeros(s["H"], s["P"], s["N"], dtype=torch.float64) for _ in range(b)]
+    pending = [[] for _ in range(b)]                # provisional tokens of each row
+    worst, scale = 0.0, 1e-30
+
+    def call(T, n_valid):
+        nonlocal worst, scale
+        base, length, waiting = counts
+        flush = length - base + waiting + T > ring
+        new = projection(b, T, s, gate, dtype)
+        y = M.multi_step(*new[:4], A, bias, D, new[4], state, ring_x, ring_dt, ring_B, counts,
+                         n_valid, ring, runs, impl)
+        assert y.dtype == dtype and y.isfinite().all()
+        for r in range(b):
+            taken = T if n_valid is None else int(n_valid[r])
+            g = h[r]
+            for old in pending[r]:
+                g = oracle(*old[:4], f64(A), f64(bias), f64(D), old[4], g, runs)[1]
+            for t in range(taken):
+                token = [f64(v if v is None else v[r, t]) for v in new]
+                want, g = oracle(*token[:4], f64(A), f64(bias), f64(D), token[4], g, runs)
+                worst = max(worst, (y[r, t].double() - want).abs().max().item())
+                scale = max(scale, want.abs().max().item())
+                pending[r].append(token)
+        counts[0] = torch.where(flush, length, base)
+        counts[2] += T if n_valid is None else n_valid
+
+    def commit(accepted):
+        for r in range(b):
+            for old in pending[r][:accepted[r]]:
+                h[r] = oracle(*old[:4], f64(A), f64(bias), f64(D), old[4], h[r], runs)[1]
+            pending[r].clear()
+        counts[1] += torch.tensor(accepted, dtype=torch.int32)
+        counts[2] = 0
+
+    for k in range(calls):
+        room = ring
+        for _ in range(rng.choice([1, 1, 2, 3])):   # several calls may stand before one commit
+            if room == 0 or fixed and room < ring:
+                break
+            T = fixed[k % len(fixed)] if fixed else rng.randint(1, min(room, max_T or room))
+            some = None if fixed or rng.random() < 0.5 else torch.tensor(
+                [rng.randint(0, T) for _ in range(b)], dtype=torch.int32)
+            call(T, some)
+            room -= T
+        commit([len(q) if fixed else rng.randint(0, len(q)) for q in pending])
+    for _ in range(2):                              # a full ring folds everything into the state
+        if ring > 0 and (counts[1] > counts[0]).any():
+            call(ring, torch.zeros(b, dtype=torch.int32))
+    want = torch.stack(h)
+    error = (state.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+    return worst / scale, error.item()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Loops of several rounds where a launch of this size would take one; quicker to interpret."""
+    monkeypatch.setattr(M, "tile_sizes", lambda mamba2, b, H, P, N, T, ring: (
+        16, max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2, 1, None))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("ring", [1, 2, 5, 16])
+@pytest.mark.parametrize("runs,gate,skip", [(1, True, True), (2, False, True), (1, True, False)])
+def test_definition(mixer, ring, runs, gate, skip):
+    for seed in range(2):
+        y, h = schedule(mixer, torch.float64, "torch", seed, ring=ring, runs=runs, gate=gate,
+                        skip=skip, s=sizes(mixer, H=8, GX=4, GB=2, P=3, N=5))
+        assert y < 1e-10 and h < 1e-10
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("ring,runs,gate,skip", [(1, 1, True, True), (5, 2, True, False),
+                                                 (16, 1, False, True), (16, 2, True, True),
+                                                 (20, 1, True, True)])
+def test_kernel_float32(mixer, ring, runs, gate, skip, small_tiles):
+    y, h = schedule(mixer, torch.float32, "triton", ring, ring=ring, runs=runs, gate=gate,
+                    skip=skip, b=2, calls=4)
+    assert y < 1e-5 and h < 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("ring", [1, 8])
+def test_kernel_bfloat16(mixer, ring):
+    """The state stays at fp32's precision, the outputs are rounded to bf16 once."""
+    y, h = schedule(mixer, torch.bfloat16, "triton", 7, ring=ring, b=2, calls=4)
+    assert y < 8e-3 and h < 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("P,N", [(48, 32), (16, 80), (64, 64)])
+def test_kernel_sizes(mixer, P, N, small_tiles):
+    y, h = schedule(mixer, torch.float32, "triton", 3, ring=6, b=1, calls=4,
+                    s=sizes(mixer, H=2, GX=2, GB=1, P=P, N=N))
+    assert y < 1e-5 and h < 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("impl,dtype", [("torch", torch.float64), ("triton", torch.float32)])
+def test_flush_at_every_position(mixer, impl, dtype, small_tiles):
+    for T in range(1, 6):                           # all accepted: the ring fills at another place
+        y, h = schedule(mixer, dtype, impl, T, ring=5, b=1, calls=7, fixed=[T],
+                        s=sizes(mixer, H=1, GX=1, GB=1))
+        assert max(y, h) < (1e-10 if impl == "torch" else 1e-5)
+
+
+@pytest.mark.parametrize("impl,dtype", [("torch", torch.float64), ("triton", torch.float32),
+                                        ("triton", torch.bfloat16)])
+@pytest.mark.parametrize("act,biased", [(True, True), (False, False)])
+def test_conv(impl, dtype, act, biased):
+    with kernels():
+        run_conv(impl, dtype, act, biased)
+
+
+def run_conv(impl, dtype, act, biased):
+    rng, (b, c, W, ring) = random.Random(0), (3, 24, 4, 5)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(c, W, dtype=dtype), torch.randn(c, dtype=dtype) if biased else None
+    ring_u = torch.full((b, 2 * ring + W - 1, c), 99., dtype=dtype)     # garbage before position 0
+    counts, past = torch.zeros(3, b, dtype=torch.int32), [[] for _ in range(b)]
+    for _ in range(12):
+        T = rng.randint(1, ring)
+        n_valid = torch.tensor([rng.randint(0, T) for _ in range(b)], dtype=torch.int32)
+        u = torch.randn(b, T, c + 8, dtype=torch.float64).to(dtype)[..., 8:]
+        out = M.conv_step(u, weight, bias, ring_u, counts, n_valid, act, impl)
+        for r in range(b):
+            rows = past[r] + [v.double() for v in u[r, :n_valid[r]]]
+            for t in range(n_valid[r]):
+                window = ([torch.zeros(c).double()] * W + rows[:len(past[r]) + t + 1])[-W:]
+                want = (torch.stack(window, 1) * weight.double()).sum(1)
+                want = want + bias.double() if biased else want
+                want = F.silu(want) if act else want
+                tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+                torch.testing.assert_close(out[r, t].double(), want, atol=tol, rtol=tol)
+            accepted = rng.randint(0, int(n_valid[r]))
+            past[r] = rows[:len(past[r]) + accepted]
+            counts[1, r] += accepted
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA tensors always take Triton")
+def test_dispatch(monkeypatch):
+    f32, f64 = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert not M.use_triton(None, f32), "models in these tests must not run the interpreter"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert M.use_triton(None, f32) and not M.use_triton(None, f64)
+    assert M.use_triton("triton", f64) and not M.use_triton("torch", f32)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Decoding and padding: prefill + decode + commit in any pattern = one forward.
+# ---------------------------------------------------------------------------------------------
+
+
+def left_pad(rows, filler=0):
+    """Lists of ids of different lengths -> tokens, attention_mask (b,l), padded on the left."""
+    l = max(map(len, rows))
+    return (torch.tensor([[filler] * (l - len(r)) + r for r in rows]),
+            torch.tensor([[0] * (l - len(r)) + [1] * len(r) for r in rows]))
+
+
+def next_logits(model, row, n):
+    """The last n logits of one unpadded row, by a plain forward. -> (n,V)"""
+    logits = model(torch.tensor([row or [0]])).logits[0]
+    return logits[len(logits) - n:]
+
+
+def follow_schedule(student, seed, ring, rounds=6, prompts=(5, 1, 8), tol=1e-9):
+    """Random decode and commit, every logit against a forward of the tokens that stand.
+
+    Rows bring different numbers of tokens, accept different numbers, some of them 0; several
+    decodes may stand before a commit. -> cache, the committed rows
+    """
+    rng = random.Random(seed)
+    b, cache = len(prompts), M.MixerCache.allocate(student, len(prompts), 64, ring)
+    rows = [[rng.randrange(V) for _ in range(n)] for n in prompts]
+    if all(prompts):
+        tokens, mask = left_pad(rows)
+        logits = student.prefill(tokens, cache, mask)
+        for r, row in enumerate(rows):
+            close(logits[r, -1:], next_logits(student, row, 1), tol)
+    for _ in range(rounds):
+        pending, room = [[] for _ in rows], ring
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            if room == 0:
+                break
+            T = rng.randint(1, room)
+            room -= T
+            tokens = torch.tensor([[rng.randrange(V) for _ in range(T)] for _ in rows])
+            n_valid = None if rng.random() < 0.5 else torch.tensor(
+                [rng.randint(0, T) for _ in rows], dtype=torch.int32)
+            logits = student.decode(tokens, cache, n_valid)
+            assert logits.shape == (b, T, V)
+            for r in range(b):
+                n = T if n_valid is None else int(n_valid[r])
+                pending[r] += tokens[r, :n].tolist()
+                close(logits[r, :n], next_logits(student, rows[r] + pending[r], n), tol)
+        accepted = [rng.randint(0, min(len(p), 40 - len(row))) for p, row in zip(pending, rows)]
+        cache.commit(torch.tensor(accepted))
+        for row, p, n in zip(rows, pending, accepted):
+            row += p[:n]
+        assert cache.length.tolist() == [len(row) for row in rows]
+    return cache, rows
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("recipe", list(M.RECIPES))
+@pytest.mark.parametrize("ring", [1, 2, 5, 16])
+@torch.no_grad()
+def test_decode_is_forward(mixer, recipe, ring):
+    follow_schedule(make_student(None, mixer, recipe, layers=2), seed=ring, ring=ring)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers,fields", [
+    ([0, 1], {}), ([], {}), ([1], dict(kv=4)), ([0], dict(kind="qwen2", kv=1)),
+    ([1], dict(kind="mistral", sliding_window=4)), ([], dict(d_state=8)), ([1], dict(d_state=4)),
+    ([1], dict(attn_implementation="eager"))])
+@torch.no_grad()
+def test_decode_is_forward_for_every_shape(mixer, layers, fields):
+    """100 % and 0 % attention, teachers, a sliding window, d_state below head_dim, eager masks."""
+    student = make_student(layers, mixer, layers=2, **fields)
+    tol = 1e-4 if "attn_implementation" in fields else 1e-9     # eager softmax is always float32
+    follow_schedule(student, seed=1, ring=6, tol=tol)
+    follow_schedule(student, seed=2, ring=3, prompts=(0, 0), tol=tol)   # an empty cache is fine
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_cache_after_any_history_equals_fresh_prefill(mixer):
+    student = make_student([1], mixer, layers=3)
+    for seed in range(4):
+        cache, rows = follow_schedule(student, seed, ring=4)
+        fresh = M.MixerCache.allocate(student, len(rows), 64, ring=4)
+        tokens, mask = left_pad(rows)
+        student.prefill(tokens, fresh, mask)
+        for step in range(3):
+            new = draw(len(rows), 4, seed=step)
+            close(student.decode(new, cache), student.decode(new, fresh))
+            for c in (cache, fresh):
+                c.commit(torch.tensor([3, 1, 0]))
+
+
+@torch.no_grad()
+def test_cache_reset_and_reorder():
+    student = make_student([1], "mamba2", layers=2)
+    cache, rows = follow_schedule(student, 0, ring=4)
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    rows = [rows[2], rows[2], rows[0]]
+    new = draw(3, 2)
+    logits = student.decode(new, cache)
+    for r in range(3):
+        close(logits[r], next_logits(student, rows[r] + new[r].tolist(), 2))
+    cache.reset()
+    close(student.prefill(new, cache, logits_to_keep=0), student(new).logits)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", [[], [1], [0, 1]])
+@pytest.mark.parametrize("recipe", ["near_linear", "paper"])
+@torch.no_grad()
+def test_padded_batch_equals_its_rows_and_padding_cannot_leak(mixer, layers, recipe):
+    student = make_student(layers, mixer, recipe, layers=2)
+    rows = [draw(1, n, n)[0].tolist() for n in (3, 9, 1)]
+    for filler in (0, 55):                          # what stands in the padding does not matter
+        tokens, mask = left_pad(rows, filler)
+        logits = student(tokens, attention_mask=mask).logits
+        cache = M.MixerCache.allocate(student, 3, 64)
+        prefilled = student.prefill(tokens, cache, mask, logits_to_keep=0)
+        shifted = [torch.tensor([r + [filler] * (9 - len(r)) for r in rows]), mask.flip(1)]
+        right = student(shifted[0], attention_mask=shifted[1]).logits
+        for r, row in enumerate(rows):
+            want = next_logits(student, row, len(row))
+            close(logits[r, -len(row):], want)
+            close(prefilled[r, -len(row):], want)
+            close(right[r, :len(row)], want)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_model_is_causal(mixer):
+    student, tokens = make_student([1], mixer, layers=2), draw(1, 20)
+    other = tokens.clone()
+    other[:, 12] = (other[:, 12] + 1) % V
+    a, b = student(tokens).logits[0], student(other).logits[0]
+    close(a[:12], b[:12])
+    assert (a[12:] - b[12:]).abs().amax(-1).min() > 1e-6, "every later token sees the change"
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Conversion (Algorithm 1).
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("recipe", list(M.RECIPES))
+@pytest.mark.parametrize("kind,kv,d_state", [("llama", 2, None), ("mistral", 4, 8),
+                                             ("qwen2", 2, None), ("qwen2", 1, 4)])
+def test_conversion_copies_exactly_the_right_rows(mixer, recipe, kind, kv, d_state):
+    """in_proj's rows are z, x, B, C, dt: V, K, Q land in x, B, C, and nothing else comes from
+    the teacher: conversions of two teachers by one seed agree in all other rows."""
+    students, teachers = [], [make_teacher(kind, layers=2, kv=kv, seed=s) for s in (0, 1)]
+    for teacher in teachers:
+        before = parameters_of(teacher)
+        torch.manual_seed(7)
+        students.append(M.convert_to_hybrid(teacher, [1], mixer, recipe, d_state))
+        assert same(before, parameters_of(teacher)), "the teacher changed"
+    a, b = (s.model.layers[0].self_attn for s in students)
+    attention = teachers[0].model.layers[0].self_attn
+    z, kv_width = 0 if recipe == "linear_attention" else 64, kv * 16
+    x, B, C, end = z, z + kv_width, z + 2 * kv_width, z + 2 * kv_width + 64
+    if recipe == "random":
+        for p, q in zip(a.parameters(), b.parameters()):
+            assert torch.equal(p, q), "a random mixer knows nothing of its teacher"
+    else:
+        for source, where in ((attention.v_proj, slice(x, B)), (attention.k_proj, slice(B, C)),
+                              (attention.q_proj, slice(C, end))):
+            assert torch.equal(a.in_proj.weight[where], source.weight)
+            bias = torch.zeros(len(source.weight)).double() if source.bias is None else source.bias
+            assert torch.equal(a.in_proj.bias[where], bias)
+        assert torch.equal(a.out_proj.weight, attention.o_proj.weight)
+        for p, q in ((a.in_proj.weight, b.in_proj.weight), (a.in_proj.bias, b.in_proj.bias)):
+            assert torch.equal(p[:x], q[:x]) and torch.equal(p[end:], q[end:])
+        for (name, p), q in zip(a.named_parameters(), b.parameters()):
+            assert "proj.weight" in name or "proj.bias" in name or torch.equal(p, q)
+    theirs = parameters_of(teachers[0])             # everything around the mixers is copied
+    ours = {k: v for k, v in parameters_of(students[0]).items() if "layers.0.self_attn" not in k}
+    assert set(ours) == {k for k in theirs if "layers.0.self_attn" not in k}
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_keeping_every_layer_is_the_teacher(kind, tied):
+    teacher = make_teacher(kind, layers=2, tied=tied)
+    student, tokens = M.convert_to_hybrid(teacher, [1, 0]), draw(2, 11)
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+
+
+def test_conversion_defaults_and_types():
+    teacher = make_teacher(dtype=torch.bfloat16)
+    student = M.convert_to_hybrid(teacher)
+    assert list(student.config.attn_layers) == [1, 3]
+    mixers = {i: layer.self_attn for i, layer in enumerate(student.model.layers)
+              if not hasattr(layer.self_attn, "q_proj")}
+    assert sorted(mixers) == [0, 2]
+    assert mixers[0].in_proj.weight.dtype == torch.bfloat16
+    assert mixers[0].A_log.dtype == mixers[0].dt_bias.dtype == torch.float32
+    for share, want in ((0, []), (0.5, [1, 3]), (0.25, [3]), (1, [0, 1, 2, 3]), (0.75, [1, 2, 3])):
+        assert M.attention_layers(share, 4) == want
+    assert M.attention_layers(0.125, 32) == [7, 15, 23, 31]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bfloat16_hybrid_stays_close_to_float32(mixer):
+    """States and decays are fp32 whatever the weights are."""
+    student = make_student([1], mixer, layers=2, dtype=torch.float32)
+    tokens = draw(2, 40)
+    with torch.no_grad():
+        want = student(tokens).logits
+        low = copy.deepcopy(student).bfloat16()
+        got = low(tokens).logits
+        cache = M.MixerCache.allocate(low, 2, 64)
+        stepped = low.prefill(tokens, cache)[:, 0]
+    assert got.dtype == torch.bfloat16 and got.isfinite().all()
+    close = 0.1 * want.abs().max()
+    assert (got - want).abs().max() < close and (stepped - got[:, -1]).abs().max() < close
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Losses (Eq. 2 and Eq. 4).
+# ---------------------------------------------------------------------------------------------
+
+
+def logits64(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_distillation_loss_by_hand():
+    """Two words, two predicted tokens, the second unlabelled.
+
+    p_T = (1/2, 1/2) (logits 0, 0), p_S = (3/4, 1/4) (logits ln 3, 0), label 0:
+    CE = -ln(3/4); KL[p_T || p_S] = 1/2 ln(1/2 / 3/4) + 1/2 ln(1/2 / 1/4) = 1/2 ln(4/3).
+    """
+    student = torch.tensor([[[math.log(3), 0.0], [5.0, -5.0], [1.0, 2.0]]])
+    teacher = torch.zeros(1, 3, 2)
+    labels = torch.tensor([[1, 0, -100]])           # labels[:, 0] is predicted by nothing
+    loss, parts = M.distillation_loss(student, teacher, labels, alpha=2.0, beta=0.5)
+    ce, kl = math.log(4 / 3), 0.5 * math.log(4 / 3)
+    assert parts["ce"].item() == pytest.approx(ce, abs=1e-6)
+    assert parts["kl"].item() == pytest.approx(kl, abs=1e-6)
+    assert loss.item() == pytest.approx(2 * ce + 0.5 * kl, abs=1e-6) and parts["tokens"] == 1
+
+
+def test_distillation_loss_special_cases():
+    logits, labels = logits64(2, 7, V), draw(2, 7)
+    assert M.distillation_loss(logits, logits + 3.0, labels)[1]["kl"].abs() < 1e-12
+    other = logits64(2, 7, V, seed=1)
+    assert M.distillation_loss(logits, other, labels)[1]["kl"] > 0.1
+    none = torch.full_like(labels, -100)
+    logits.requires_grad_()
+    loss, parts = M.distillation_loss(logits, other, none)
+    assert loss == 0 and parts["tokens"] == 0
+    assert not torch.autograd.grad(loss, logits)[0].any()
+    half = labels.clone()
+    half[1] = -100                                  # mean over labelled tokens, not over rows
+    one = M.distillation_loss(logits[:1], other[:1], labels[:1])[0]
+    close(M.distillation_loss(logits, other, half)[0], one)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("labelled", [0.0, 0.5, 1.0])
+def test_chunked_loss_and_gradients_are_the_plain_ones(chunk, labelled):
+    labels = draw(2, 9)
+    labels[torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) >= labelled] = -100
+    leaves = [logits64(2, 9, 6, seed=1), logits64(V, 6, seed=2)]        # hidden states, head
+    t_hidden, t_head = logits64(2, 9, 8, seed=3), logits64(V, 8, seed=4)
+    results = []
+    for chunked in (False, True):
+        hidden, head = (v.clone().requires_grad_() for v in leaves)
+        if chunked:
+            loss, parts = M.chunked_distillation_loss(hidden, t_hidden, head, t_head, labels,
+                                                      0.7, 0.3, chunk)
+        else:
+            loss, parts = M.distillation_loss(hidden @ head.T, t_hidden @ t_head.T, labels,
+                                              0.7, 0.3)
+        results.append((loss, parts["ce"], parts["kl"], *torch.autograd.grad(
+            loss, (hidden, head), allow_unused=True)))
+    for a, b in zip(*results):
+        a, b = (torch.zeros(()) if v is None else v.detach().double() for v in (a, b))
+        assert torch.allclose(a, b, atol=1e-10)
+    assert (results[0][0] == 0) == (labelled == 0)
+
+
+def test_token_losses_against_torch():
+    s, t, y = logits64(11, V), logits64(11, V, seed=1), draw(1, 11)[0]
+    ce, kl = M.token_losses(s, t, y)
+    close(ce, F.cross_entropy(s, y, reduction="none"))
+    close(kl, F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True,
+                       reduction="none").sum(-1))
+    assert not M.token_losses(s, None, y)[1].any()
+    assert M.token_losses(s.bfloat16(), t.bfloat16(), y)[0].dtype == torch.float32
+
+
+def test_sequence_logps_sums_labelled_tokens():
+    logits, labels = logits64(2, 5, V), draw(2, 5)
+    labels[0, 3:] = -100
+    labels[1, :] = -100
+    logp = logits.log_softmax(-1)
+    want = logp[0, 0, labels[0, 1]] + logp[0, 1, labels[0, 2]]
+    close(M.sequence_logps(logits, labels), torch.stack([want, torch.zeros_like(want)]))
+
+
+def test_dpo_loss_by_hand():
+    """Equal models: -log sigmoid(0) = log 2. Margins 3 and -1, beta 1/2:
+    -log sigmoid(1/2 (3 - -1)) = log(1 + e^-2), rewards 3/2 and -1/2."""
+    p = torch.tensor([-5.0, -9.0])
+    losses, chosen, rejected = M.dpo_loss(p, p - 1, p, p - 1)
+    assert losses.shape == (2,) and torch.allclose(losses, torch.full((2,), math.log(2)))
+    assert not chosen.any() and not rejected.any()
+    one = torch.ones(1)
+    losses, chosen, rejected = M.dpo_loss(-2 * one, -8 * one, -5 * one, -7 * one, beta=0.5)
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)
+    assert (chosen.item(), rejected.item()) == (1.5, -0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Evaluation.
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix_len", [0, 1, 7])
+@torch.no_grad()
+def test_evaluate_against_a_direct_computation(prefix_len):
+    teacher = make_teacher(layers=2)
+    student, tokens = M.convert_to_hybrid(teacher, [1]), draw(5, 12)
+    got = M.evaluate(student, teacher, tokens, prefix_len, batch_size=2)
+    first = max(prefix_len, 1)
+    s, t = (m(tokens).logits[:, first - 1:-1].log_softmax(-1).flatten(0, 1)
+            for m in (student, teacher))
+    y = tokens[:, first:].flatten()
+    nats, teacher_nats = F.nll_loss(s, y).item(), F.nll_loss(t, y).item()
+    want = {"perplexity": math.exp(nats), "teacher_perplexity": math.exp(teacher_nats),
+            "ratio": math.exp(nats - teacher_nats), "kl": (t.exp() * (t - s)).sum(-1).mean().item(),
+            "agreement": (s.argmax(-1) == t.argmax(-1)).double().mean().item()}
+    assert got == pytest.approx(want, rel=1e-5)
+    assert got["kl"] > 0.01 and got["agreement"] < 1
+
+
+def test_evaluate_teacher_against_itself():
+    teacher = make_teacher(layers=2).train()
+    got = M.evaluate(teacher, teacher, draw(3, 9))
+    assert got["ratio"] == 1 and got["kl"] == pytest.approx(0, abs=1e-12) and got["agreement"] == 1
+    assert teacher.training, "evaluate leaves the mode as it was"
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Training: what moves, what stops it, what a kill costs.
+# ---------------------------------------------------------------------------------------------
+
+
+def test_batch_rows_covers_each_row_once_an_epoch():
+    for n, size in ((10, 3), (4, 8), (7, 7)):
+        drawn = torch.cat([M.batch_rows(n, size, step) for step in range(3 * n)])
+        assert len(drawn) == 3 * n * size
+        epochs = drawn.view(-1, n)
+        assert (epochs.sort(-1).values == torch.arange(n)).all()
+        assert len({tuple(e.tolist()) for e in epochs}) > 1, "epochs are shuffled anew"
+    assert torch.equal(M.batch_rows(10, 3, 5), M.batch_rows(10, 3, 5))
+    assert not torch.equal(M.batch_rows(100, 50, 5, seed=0), M.batch_rows(100, 50, 5, seed=1))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_stage_one_moves_mixers_only(mixer):
+    teacher = make_teacher(layers=3, dtype=torch.float32)
+    student, tokens = M.convert_to_hybrid(teacher, [1], mixer), draw(8, 24)
+    mine = {n for n, _ in student.named_parameters() if re.search(r"layers\.[02]\.self_attn", n)}
+    before, theirs, seen = parameters_of(student), parameters_of(teacher), []
+    handle = student.model.layers[0].self_attn.in_proj.weight.register_post_accumulate_grad_hook(
+        lambda _: seen.append({n: p.grad is None for n, p in student.named_parameters()}))
+    M.distil("stage 1", student, teacher, tokens, tokens, steps=3, batch_size=4, only_mixers=True)
+    handle.remove()
+    after = parameters_of(student)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in mine if n in moved} and len(moved) >= len(mine) - 2
+    assert len(seen) == 3 and all(missing for step in seen for n, missing in step.items()
+                                  if n not in mine), "MLP gradients must stay None"
+    assert same(theirs, parameters_of(teacher))
+    M.distil("stage 2", student, teacher, tokens, tokens, steps=1, batch_size=4)
+    final = parameters_of(student)
+    assert all(not torch.equal(after[n], final[n]) for n in final if "mlp" in n)
+    assert same(theirs, parameters_of(teacher)), "the student shares weights with its teacher"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_alignment_lowers_its_loss_and_the_kl(mixer):
+    teacher = make_teacher(layers=3, dtype=torch.float32)
+    student, tokens = M.convert_to_hybrid(teacher, [1], mixer), draw(32, 24)
+    before, others = M.evaluate(student, teacher, tokens), parameters_of(student)
+    history = M.align_mixers(student, teacher, tokens, steps=40, batch_size=8, lr=3e-3)
+    after = M.evaluate(student, teacher, tokens)
+    assert [step for step, _ in history] == list(range(40))
+    losses = [loss for _, loss in history]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]) and after["kl"] < before["kl"]
+    assert all(torch.equal(v, others[n]) for n, v in parameters_of(student).items()
+               if "mlp" in n or "embed" in n)
+    assert not teacher.model.layers[0].self_attn._forward_hooks, "hooks must be taken off again"
+    assert M.align_mixers(M.convert_to_hybrid(teacher, [0, 1, 2]), teacher, tokens, 5) == []
+
+
+def test_dpo_raises_the_margin():
+    teacher = make_teacher(layers=2, dtype=torch.float32)
+    student = M.convert_to_hybrid(teacher, [1])
+    chosen, rejected = ((t, t) for t in (draw(8, 12, 1), draw(8, 12, 2)))
+    history = M.dpo(student, teacher, chosen, rejected, steps=15, batch_size=8, lr=1e-3)
+    assert history[-1][1] < 0.5 * history[0][1]
+    assert M.reward_accuracy(student, teacher, chosen, rejected) == 1
+    assert M.reward_accuracy(student, teacher, rejected, chosen) == 0
+
+
+@pytest.fixture
+def signals():
+    """Progress catches SIGTERM and Ctrl-C: give them back after the test."""
+    old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in old.items():
+        signal.signal(s, handler)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(bad, tmp_path, signals):
+    student = make_student([1], layers=2, dtype=torch.float32)
+    progress, tokens, seen = M.Progress(str(tmp_path), every=0), draw(2, 8), {}
+
+    def loss_of_step(step):
+        loss = student(tokens, labels=tokens).loss
+        if step == 2:
+            seen.update(parameters_of(student), file=(tmp_path / "progress.pt").read_bytes())
+            loss = loss * bad
+        return loss
+
+    with pytest.raises(FloatingPointError, match="step 3 of 5") as caught:
+        M.train("stage 2", student, list(student.parameters()), loss_of_step, 5, 1e-3,
+                progress=progress)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "progress.pt").read_bytes() == seen.pop("file")
+    assert same(seen, parameters_of(student)), "the step with the bad loss was taken"
+    saved = torch.load(tmp_path / "progress.pt", weights_only=True)
+    assert same(seen, saved["student"]) and saved["step"] == 2
+
+
+def test_train_stops_after_its_seconds():
+    student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(2, 8)
+    start = time.monotonic()
+    history = M.train("timed", student, list(student.parameters()),
+                      lambda _: student(tokens, labels=tokens).loss, 10 ** 9, 1e-3, seconds=0.5)
+    assert 0.4 < time.monotonic() - start < 5 and len(history) >= 2
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A directory as users have it: a tiny teacher with tokenizer and chat template, JSONL and npz
+    files. -> dict of paths, and the Chat"""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer, pairs, *_ = M.tiny_world()
+    teacher = make_teacher(layers=4, dtype=torch.float32, vocab_size=len(tokenizer), tied=True,
+                           max_position_embeddings=256)
+    teacher.save_pretrained(root / "teacher")
+    tokenizer.save_pretrained(root / "teacher")
+    chat = M.Chat(tokenizer)
+    rows = {"prompts": [{"prompt": q} for q, _ in pairs[:24]],
+            "sft": [{"prompt": q, "response": a} for q, a in pairs[:12]] +
+                   [{"messages": [{"role": "user", "content": q},
+                                  {"role": "assistant", "content": a}]} for q, a in pairs[12:24]],
+            "preferences": [{"prompt": q, "chosen": a, "rejected": pairs[i + 30][1]}
+                            for i, (q, a) in enumerate(pairs[:16])]}
+    paths = {"teacher": str(root / "teacher"), "root": root}
+    for kind, lines in rows.items():
+        paths[kind] = str(root / f"{kind}.jsonl")
+        with open(paths[kind], "w") as file:
+            file.writelines(json.dumps(line) + "\n\n" for line in lines)    # blank lines are fine
+    tokens, _ = chat.pack([(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in pairs[:48]], 48)
+    paths["npz"] = str(root / "tokens.npz")
+    numpy.savez(paths["npz"], tokens=tokens.numpy().astype("uint16"))
+    return {**paths, "chat": chat}
+
+
+SMALL = ["--length", "48", "--batch", "4", "--eval-rows", "4", "--pairs", "8", "--rows", "24",
+         "--lr", "1e-3"]
+
+
+def command(world, out, *more, **files):
+    """argv of a small run of the command line. files: prompts=, sft=, ... names in `world`"""
+    argv = ["--teacher", world["teacher"], "--out", str(out), *SMALL, *more]
+    for flag, name in files.items():
+        argv += ["--" + flag.replace("_", "-"), world[name]]
+    return argv
+
+
+def weights_of(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(world, tmp_path_factory):
+    """What runs that are killed and resumed must equal. -> tables, weights, steps of the run"""
+    out, steps = tmp_path_factory.mktemp("whole") / "out", []
+    old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        real = M.batch_rows
+        patch.setattr(M, "batch_rows", lambda *a, **k: steps.append(0) or real(*a, **k))
+        result = M.main(command(world, out, "--tokens", "5000", tokens_file="npz"))
+    for s, handler in old.items():
+        signal.signal(s, handler)
+    return result["tables"]["mamba2"], weights_of(out), len(steps)
+
+
+def untimed(rows):
+    """Table rows without their seconds."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("where", [0.0, 0.1, 0.3, 0.7, 0.99])
+def test_kill_and_resume_equals_an_uninterrupted_run(where, world, uninterrupted, tmp_path,
+                                                     monkeypatch, signals):
+    """SIGTERM while a step is running, in each stage: the rest of the run does not notice."""
+    rows, weights, steps = uninterrupted
+    argv = command(world, tmp_path / "out", "--tokens", "5000", tokens_file="npz")
+    real, left = M.batch_rows, [int(where * steps)]
+
+    def batch_rows(*args, **kwargs):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        left[0] -= 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(M, "batch_rows", batch_rows)
+    with pytest.raises(SystemExit) as stopped:
+        M.main(argv)
+    assert stopped.value.code == 3
+    result = M.main([*argv, "--resume"])
+    assert untimed(result["tables"]["mamba2"]) == untimed(rows)
+    assert same(weights, weights_of(tmp_path / "out"))
+    assert left[0] == -steps + int(where * steps), "no step is lost and none is taken twice"
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. Saving and generate().
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("recipe,kind,tied,dtype,d_state", [
+    ("near_linear", "llama", True, torch.float32, None),
+    ("paper", "mistral", False, torch.float32, 8),
+    ("linear_attention", "qwen2", False, torch.float64, None),
+    ("random", "qwen2", True, torch.bfloat16, None)])
+@torch.no_grad()
+def test_save_and_load_is_bit_equal(mixer, recipe, kind, tied, dtype, d_state, tmp_path):
+    student = make_student([1], mixer, recipe, kind=kind, tied=tied, dtype=dtype, layers=2,
+                           d_state=d_state)
+    student.save_pretrained(tmp_path)
+    again, tokens = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), draw(2, 9)
+    assert type(again) is M.HybridForCausalLM
+    assert same(parameters_of(student), parameters_of(again))
+    assert torch.equal(student.eval()(tokens).logits, again(tokens).logits)
+    assert {n: p.dtype for n, p in student.named_parameters()} == {
+        n: p.dtype for n, p in again.named_parameters()}
+
+
+def clean_environment(**extra):
+    """The environment of a user's shell, without what this test process has set or can import."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return {**env, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def test_trust_remote_code_works_without_this_project(tmp_path):
+    student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(1, 9)
+    student.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "mamba_in_llama.py").exists()
+    script = (
+        "import importlib.util, sys, torch\n"
+        "assert importlib.util.find_spec('mamba_in_llama') is None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('saved', trust_remote_code=True)\n"
+        f"tokens = torch.tensor({tokens.tolist()})\n"
+        "torch.save([model(tokens).logits, model.generate(tokens, max_new_tokens=5,"
+        " do_sample=False)], 'out.pt')\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env=clean_environment(
+                              HF_HOME=str(tmp_path / "home"),
+                              HF_MODULES_CACHE=str(tmp_path / "modules")))
+    assert done.returncode == 0, done.stderr
+    logits, generated = torch.load(tmp_path / "out.pt")
+    close(logits, student(tokens).logits, 1e-5)
+    assert torch.equal(generated, student.generate(tokens, max_new_tokens=5, do_sample=False))
+
+
+SHARES = [[], [1], [0, 1]]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", SHARES)
+@torch.no_grad()
+def test_greedy_generate_is_the_argmax_loop(mixer, layers):
+    """A batch of different lengths, padded on the left, against each row alone and no cache."""
+    student = make_student(layers, mixer, layers=2)
+    rows = [draw(1, n, n)[0].tolist() for n in (7, 2, 4)]
+    tokens, mask = left_pad(rows)
+    out = student.generate(tokens, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    for r, row in enumerate(rows):
+        want = list(row)
+        for _ in range(12):
+            want.append(int(next_logits(student, want, 1).argmax()))
+        assert out[r, tokens.shape[1] - len(row):].tolist() == want
+
+
+@pytest.mark.parametrize("layers", SHARES)
+@pytest.mark.parametrize("settings", [dict(num_beams=3), dict(num_beams=4, num_return_sequences=2),
+                                      dict(do_sample=True, num_return_sequences=3, top_k=20),
+                                      dict(do_sample=True, num_beams=2, temperature=2.0)])
+@torch.no_grad()
+def test_beams_and_sampling_with_cache_equal_those_without(layers, settings):
+    student = make_student(layers, "mamba2", layers=2)
+    tokens, mask = left_pad([draw(1, n, n)[0].tolist() for n in (6, 3)])
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(student.generate(tokens, attention_mask=mask, max_new_tokens=8,
+                                     use_cache=use_cache, pad_token_id=0, **settings))
+    assert torch.equal(*outs) and outs[0].shape == (2 * settings.get("num_return_sequences", 1), 14)
+
+
+def test_generate_stops_at_the_end_token():
+    student, tokens = make_student([1], layers=2), draw(1, 5)
+    free = student.generate(tokens, max_new_tokens=8, do_sample=False)[0, 5:].tolist()
+    end = free[3]
+    out = student.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=end,
+                           pad_token_id=0)[0, 5:].tolist()
+    assert out == free[:free.index(end) + 1]
+
+
+def test_assisted_generation_is_refused():
+    """Cropping does not rewind a recurrent state: transformers must refuse, not write nonsense."""
+    student, tokens = make_student([1], layers=2), draw(1, 5)
+    for settings in (dict(prompt_lookup_num_tokens=2), dict(assistant_model=student)):
+        with pytest.raises(ValueError, match="stateful"):
+            student.generate(tokens, max_new_tokens=4, do_sample=False, **settings)
+
+
+@torch.no_grad()
+def test_without_attention_the_context_is_no_limit():
+    student, tokens = make_student([], layers=2), draw(1, 150)
+    cache = M.MixerCache.allocate(student, 1)
+    close(student.prefill(tokens, cache), student(tokens).logits[:, -1:])
+    assert student.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 153)
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. Errors: ValueError in Python, one line and exit code 2 on the command line.
+# ---------------------------------------------------------------------------------------------
+
+
+def wrong_teacher(kind, **fields):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+
+
+QWEN3 = dict(vocab_size=V, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16,
+             num_attention_heads=4, num_key_value_heads=2)
+CONVERSIONS = [
+    (lambda: wrong_teacher("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=V), {}, "GPT2LMHead"),
+    (lambda: wrong_teacher("qwen3", **QWEN3), {}, "q_norm"),
+    (lambda: make_teacher(layers=1, kv=3), {}, "4 query heads.*3"),
+    (make_teacher, dict(attn_layers=[0, 4]), r"4\].*0\.\.3"),
+    (make_teacher, dict(attn_layers=[-1]), r"-1.*0\.\.3"),
+    (make_teacher, dict(attn_layers=[2, 1, 2]), "repeated"),
+    (make_teacher, dict(mixer="rwkv"), "'rwkv'.*mamba2"),
+    (make_teacher, dict(recipe="best"), "'best'.*near_linear"),
+    (make_teacher, dict(d_state=5), "5 does not divide.*16"),
+    (make_teacher, dict(d_state=32), "32 does not divide.*16"),
+    (make_teacher, dict(d_state=0), "0 does not divide.*16"),
+    (make_teacher, dict(colour="red"), "colour")]
+
+
+@pytest.mark.parametrize("teacher,arguments,line", CONVERSIONS)
+def test_conversion_errors(teacher, arguments, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        M.convert_to_hybrid(teacher(), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def long_decode(student, cache):
+    student.prefill(draw(2, 60), cache)
+    student.decode(draw(2, 8), cache)
+
+
+def commit(n):
+    def act(student, cache):
+        student.decode(draw(2, 3), cache)
+        cache.commit(torch.tensor(n))
+    return act
+
+
+DECODINGS = [
+    (lambda s, c: s.prefill(draw(2, 0), c), "empty"),
+    (lambda s, c: s.prefill(draw(2, 65), c), "65.*longer.*64"),
+    (lambda s, c: [s.prefill(draw(2, 3), c) for _ in range(2)], "empty cache"),
+    (lambda s, c: s.prefill(draw(2, 3), c, torch.tensor([[1, 1, 0], [1, 1, 1]])), "left"),
+    (lambda s, c: s.prefill(draw(2, 3), c, torch.tensor([[0, 0, 0], [1, 1, 1]])), "empty"),
+    (lambda s, c: s.prefill(draw(2, 3), c, torch.ones(2, 4).long()), r"\(2, 4\).*\(2, 3\)"),
+    (lambda s, c: s.decode(draw(2, 9), c), "9 more.*ring of 8"),
+    (lambda s, c: [s.decode(draw(2, 5), c) for _ in range(2)], "5 tokens.*5 more.*ring of 8"),
+    (long_decode, "68.*64"),
+    (commit([4, 0]), r"\[4, 0\].*\[3, 3\]"),
+    (commit([-1, 0]), r"\[-1, 0\].*\[3, 3\]"),
+    (lambda s, c: s.prefill(torch.full((2, 3), V), c), f"{V}.*vocabulary"),
+    (lambda s, c: s.decode(torch.full((2, 3), V), c), f"{V}.*vocabulary"),
+    (lambda s, c: s(torch.full((2, 3), V)), f"{V}.*vocabulary"),
+    (lambda s, c: M.MixerCache.allocate(s, 0), "batch_size 0"),
+    (lambda s, c: M.MixerCache.allocate(s, 1, ring=0), "ring 0"),
+    (lambda s, c: s.generate(draw(2, 0), max_new_tokens=2), "empty|at least|input_ids"),
+    (lambda s, c: M.attention_layers(1.5, 4), "1.5.*0..1"),
+    (lambda s, c: M.attention_layers(-0.1, 4), "-0.1.*0..1")]
+
+
+@pytest.mark.parametrize("act,line", DECODINGS)
+def test_decoding_errors(act, line):
+    student = make_student([1], layers=2)
+    with pytest.raises(ValueError, match=line):
+        act(student, M.MixerCache.allocate(student, 2, 64, ring=8))
+
+
+BAD_ROWS = [
+    ("prompts", '{"prompt": "a"}\n{"prompt": "b"', 2), ("prompts", '{"text": "a"}\n', 1),
+    ("prompts", '{"prompt": "a"}\n\n["b"]\n', 3), ("prompts", '{"prompt": ""}\n', 1),
+    ("prompts", '{"prompt": 5}\n', 1), ("sft", '{"prompt": "a"}\n', 1),
+    ("sft", '{"prompt": "a", "response": ["b"]}\n', 1), ("sft", '{"messages": "hello"}\n', 1),
+    ("sft", '{"messages": [{"role": "user"}]}\n', 1),
+    ("preferences", '{"prompt": "a", "chosen": "b"}\n', 1)]
+
+
+@pytest.mark.parametrize("kind,text,line", BAD_ROWS)
+def test_jsonl_errors_name_file_and_line(kind, text, line, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"rows.jsonl:{line}: ") as caught:
+        M.read_jsonl(str(path), kind)
+    assert "\n" not in str(caught.value)
+
+
+def damaged(world, name, damage):
+    """A copy of the teacher's directory after `damage(folder)`."""
+    folder = world["root"] / name
+    if not folder.exists():
+        shutil.copytree(world["teacher"], folder)
+        damage(folder)
+    return str(folder)
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def wrong_file(world, name, content):
+    path = world["root"] / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        numpy.savez(path, **content)
+    return str(path)
+
+
+def not_empty(world, *names):
+    folder = world["root"] / ("full" + "".join(names))
+    folder.mkdir(exist_ok=True)
+    for name in names or ["notes.txt"]:
+        (folder / name).write_text("mine")
+    return str(folder)
+
+
+ids = numpy.arange(80).reshape(2, 40)
+MISTAKES = {
+    "nothing": (lambda w: [], "--teacher"),
+    "no out": (lambda w: ["--teacher", w["teacher"]], "--out"),
+    "share": (lambda w: command(w, "o", "--attention", "1.5"), "1.5.*0..1"),
+    "negative share": (lambda w: command(w, "o", "--attention", "-1"), "-1.*0..1"),
+    "share nan": (lambda w: command(w, "o", "--attention", "nan"), "nan"),
+    "share word": (lambda w: command(w, "o", "--attention", "half"), "half.*number"),
+    "length": (lambda w: command(w, "o", "--length", "0"), "--length 0"),
+    "lr": (lambda w: command(w, "o", "--lr", "-1"), "--lr -1"),
+    "minutes": (lambda w: command(w, "o", "--minutes", "-1"), "--minutes -1"),
+    "pairs": (lambda w: command(w, "o", "--pairs", "0"), "--pairs 0"),
+    "sample batch": (lambda w: command(w, "o", "--sample-batch", "0"), "--sample-batch 0"),
+    "context": (lambda w: command(w, "o", "--length", "500"), "500.*256"),
+    "d_state": (lambda w: command(w, "o", "--d-state", "5", tokens_file="npz"), "5.*16"),
+    "teacher": (lambda w: command({**w, "teacher": "/no/such"}, "o"), "/no/such"),
+    "teacher kind": (lambda w: command({**w, "teacher": damaged(w, "odd", lambda f: wrong_teacher(
+        "qwen3", **QWEN3).save_pretrained(f))}, "o"), "q_norm"),
+    "teacher tensor": (lambda w: command({**w, "teacher": damaged(w, "torn", drop_tensor)}, "o"),
+                       "layers.1.mlp.up_proj.weight"),
+    "template": (lambda w: command({**w, "teacher": damaged(w, "mute", lambda f: os.remove(
+        f / "chat_template.jinja"))}, "o"), "chat template"),
+    "out": (lambda w: command(w, not_empty(w), tokens_file="npz"), "full is not empty"),
+    "out file": (lambda w: command(w, w["npz"], tokens_file="npz"), "tokens.npz"),
+    "resume": (lambda w: command(w, "new", "--resume", tokens_file="npz"), "nothing to resume"),
+    "resume junk": (lambda w: command(w, not_empty(w, "progress.pt"), "--resume",
+                                      tokens_file="npz"), "progress.pt"),
+    "prompts": (lambda w: [*command(w, "o"), "--prompts", "/no/such.jsonl"], "/no/such.jsonl"),
+    "sft row": (lambda w: [*command(w, "o", tokens_file="npz"), "--sft", wrong_file(
+        w, "bad.jsonl", '{"prompt": "a"}')], "bad.jsonl:1"),
+    "preference row": (lambda w: [*command(w, "o", tokens_file="npz"), "--preferences", wrong_file(
+        w, "bad.jsonl", '{"prompt": "a"}')], "bad.jsonl:1"),
+    "npz": (lambda w: [*command(w, "o"), "--tokens-file", "/no/such.npz"], "/no/such.npz"),
+    "npz junk": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(w, "a.npz", "hello")],
+                 "a.npz"),
+    "npz array": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(
+        w, "b.npz", {"rows": ids})], "b.npz.*tokens"),
+    "npz shape": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(
+        w, "c.npz", {"tokens": ids[0]})], "c.npz"),
+    "npz vocabulary": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(
+        w, "d.npz", {"tokens": ids + 5000})], "5079.*vocabulary of 512"),
+    "npz negative": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(
+        w, "e.npz", {"tokens": ids - 7})], "-7.*vocabulary of 512"),
+    "npz answers": (lambda w: [*command(w, "o"), "--tokens-file", wrong_file(
+        w, "f.npz", {"tokens": ids * 0 + 9})], "no answers"),
+    "json": (lambda w: command(w, "o", "--json", "/no/such/dir/f.json", tokens_file="npz"),
+             "/no/such/dir"),
+    "loss": (lambda w: command(w, "o", "--lr", "1e30", "--tokens", "3000", tokens_file="npz"),
+             "loss is .*step"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_command_line_errors_are_one_line_and_exit_code_2(name, world, tmp_path, monkeypatch,
+                                                          capsys, signals):
+    argv, line = MISTAKES[name]
+    argv = argv(world)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        M.cli(lambda: M.main(argv))
+    lines = [s for s in capsys.readouterr().err.splitlines() if s.strip()]
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and re.search(line, lines[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# 11. The command line as a user types it.
+# ---------------------------------------------------------------------------------------------
+
+
+def shell(*argv, cwd, timeout=120):
+    """python mamba_in_llama.py ... in a process of its own, in directory `cwd`."""
+    return subprocess.run([sys.executable, os.path.join(HERE, "mamba_in_llama.py"), *argv], cwd=cwd,
+                          env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+
+
+STORY = ["converted", "alignment", "stage 1", "stage 2", "stage 3"]
+
+
+def test_cli_where_the_teacher_writes_its_own_data(world, tmp_path):
+    done = shell(*command(world, "out", "--attention", "0.5", "--mixer", "mamba2", "--tokens",
+                          "4000", "--json", "report.json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "attention stays in layers [1, 3] of 0..3" in done.stdout
+    assert "bit-equal" in done.stdout and "DIFFER" not in done.stdout
+    assert "teacher :" in done.stdout and "student :" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["tables"]["mamba2"]
+    assert [row["stage"] for row in rows] == STORY
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["perplexity"] / row["teacher_perplexity"])
+        assert 0 <= row["agreement"] <= 1 and row["kl"] >= 0 and row["seconds"] >= 0
+        assert re.search(rf"^{row['stage']} +{row['ratio']:.3f}", done.stdout, re.M)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert list(student.config.attn_layers) == [1, 3]
+    chat = M.Chat(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert chat.prompt("hello") == world["chat"].prompt("hello")
+    again = shell(*command(world, "out"), cwd=tmp_path)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "not empty" in again.stderr
+
+
+def test_cli_stepwise_with_jsonl_files(world, tmp_path, signals, monkeypatch, capsys):
+    """50 % -> 25 % attention, human answers in stage 2, human preferences in stage 3."""
+    monkeypatch.chdir(tmp_path)
+    result = M.main(command(world, "out", "--attention", "0.25", "--mixer", "mamba", "--stepwise",
+                            "--tokens", "3000", prompts="prompts", sft="sft",
+                            preferences="preferences"))
+    printed = capsys.readouterr().out
+    assert printed.index("layers [1, 3]") < printed.index("layers [3]")
+    stages = [row["stage"] for row in result["tables"]["mamba"]]
+    assert stages == [f"{s} at {share}" for share in ("50%", "25%") for s in STORY[:4]] + [
+        "stage 3 at 25%"] or stages == [f"{s} at {share}" for share in ("50%", "25%")
+                                        for s in STORY[:4]] + ["stage 3"]
+    assert "DPO reward accuracy on held-out pairs" in printed
+    assert list(AutoModelForCausalLM.from_pretrained("out").config.attn_layers) == [3]
+
+
+def test_cli_minutes_and_no_attention(world, tmp_path, signals, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    result = M.main(command(world, "out", "--attention", "0", "--minutes", "0.05",
+                            "--json", "f.json", tokens_file="npz"))
+    assert [row["stage"] for row in result["tables"]["mamba2"]] == STORY
+    spent = sum(row["seconds"] for row in result["tables"]["mamba2"][1:])
+    assert 2 < spent < 10 and time.monotonic() - start < 40
+    assert "layers [] of 0..3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "f.json").read_text())["args"]["minutes"] == 0.05
+
+
+def test_cli_killed_and_resumed_in_processes_of_its_own(world, uninterrupted, tmp_path):
+    argv = command(world, "out", "--tokens", "5000", "--save-every", "0", tokens_file="npz")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "mamba_in_llama.py"), *argv],
+                               cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "progress.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3 and "--resume" in stderr
+    done = shell(*argv, "--resume", "--json", "f.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows, weights, _ = uninterrupted
+    table = json.loads((tmp_path / "f.json").read_text())["tables"]["mamba2"]
+    assert [r["stage"] for r in table] == STORY
+    for got, want in zip(table, rows):
+        assert got["ratio"] == pytest.approx(want["ratio"], rel=1e-5)
+    for name, value in weights_of(tmp_path / "out").items():
+        close(value, weights[name], 1e-5)
+
+
+def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
+    """--tiny itself, with a teacher of few steps, few questions and two steps per stage."""
+    train, tiny_teacher, tiny_world = M.train, M.tiny_teacher, M.tiny_world
+
+    def short(name, student, parameters, loss_of_step, steps, lr, **options):
+        return train(name, student, parameters, loss_of_step, min(steps, 2), lr, **options)
+
+    monkeypatch.setattr(M, "train", short)
+    monkeypatch.setattr(M, "tiny_teacher", lambda v, t, **k: tiny_teacher(v, t, **{**k, "steps": 3}))
+    monkeypatch.setattr(M, "tiny_world", lambda *a: (tiny_world(*a)[0], tiny_world(*a)[1][:50]))
+    monkeypatch.chdir(tmp_path)
+    M.main(["--tiny", "--json", "f.json"])
+    printed, tables = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())["tables"]
+    assert list(tables) == MIXERS and printed.count("bit-equal") == 2
+    for rows in tables.values():
+        assert [row["stage"] for row in rows] == STORY
+        assert all(row["ratio"] > 0 and row["human_ratio"] > 0 for row in rows)
+    for mixer in MIXERS:
+        assert (tmp_path / "tiny_run" / mixer / "model.safetensors").exists()
+
+
+def test_help_names_defaults(tmp_path):
+    done = shell("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    flags = set(re.findall(r"--[a-z-]+", done.stdout))
+    assert flags >= {"--tiny", "--teacher", "--attention", "--mixer", "--out", "--prompts", "--sft",
+                     "--preferences", "--tokens", "--minutes", "--stepwise", "--tokens-file",
+                     "--json", "--resume"}
+    assert "(default: 0.5)" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: what is labelled, what a row becomes.
+# ---------------------------------------------------------------------------------------------
+
+
+def test_chat_labels_and_packs_answers_only(world):
+    chat = world["chat"]
+    prompt, answer = chat.prompt("one two"), chat.ids("three four") + [chat.end]
+    tokens, labels = chat.pack([(prompt, answer), (prompt[:3], answer[:2])], 1000)
+    assert tokens.shape == (2, len(prompt) + len(answer))
+    assert tokens[0].tolist() == prompt + answer
+    assert labels[0].tolist() == [-100] * len(prompt) + answer
+    assert labels[1].tolist() == [-100] * 3 + answer[:2] + [-100] * (tokens.shape[1] - 5)
+    found = chat.label(torch.tensor([prompt + answer + prompt + answer]))
+    assert found[0].tolist() == labels[0].tolist() * 2, "every answer of a conversation"
+    cut = chat.pack([(prompt, answer)], len(prompt) + 1)
+    assert cut[1][0].tolist() == [-100] * len(prompt) + answer[:1]
+
+
+# ---------------------------------------------------------------------------------------------
+# 12. A debugger can stop inside: at the weight moves and inside the Triton kernel.
+# ---------------------------------------------------------------------------------------------
+
+SESSION = """
+import torch, mamba_in_llama as M
+from transformers import LlamaConfig, AutoModelForCausalLM
+teacher = AutoModelForCausalLM.from_config(LlamaConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1))
+student = M.convert_to_hybrid(teacher, [])
+cache = M.MixerCache.allocate(student, 1, ring=2)
+student.decode(torch.tensor([[3, 4]]), cache)
+"""
+
+
+def last_line_of(name):
+    """Line of the last statement of a function of mamba_in_llama.py."""
+    with open(os.path.join(HERE, "mamba_in_llama.py")) as file:
+        tree = ast.parse(file.read())
+    found, = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
+    return found.body[-1].lineno
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter is for CPUs")
+def test_pdb_stops_in_weight_moves_and_in_the_kernel(tmp_path):
+    path = os.path.join(HERE, "mamba_in_llama.py")
+    (tmp_path / "session.py").write_text(SESSION)
+    commands = [f"b {path}:{last_line_of('copy_attention')}",
+                f"b {path}:{last_line_of('mamba2_kernel')}", "c",
+                "p 'projection', tuple(attention.v_proj.weight.shape)", "c",
+                "p 'kernel state', h0.shape", "q"]
+    done = subprocess.run([sys.executable, "-m", "pdb", "session.py"], cwd=tmp_path, text=True,
+                          input="\n".join(commands) + "\n", capture_output=True, timeout=120,
+                          env=clean_environment(TRITON_INTERPRET="1", PYTHONPATH=HERE))
+    assert "('projection', (16, 32))" in done.stdout, done.stdout + done.stderr
+    assert re.search(r"'kernel state', .*16.*16", done.stdout), done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# 13. --bench: training forms against a loop over tokens, at one layer of SmolLM2-135M.
+# ---------------------------------------------------------------------------------------------
+
+
+def time_scan(mixer, form, length, device, repeats):
+    """Best seconds of forward + backward at (1,length), 9 heads of 64 x 64, and peak bytes."""
+    torch.manual_seed(0)
+    p, n = (1, 1) if mixer == "mamba2" else (64, 64)
+    shapes = [(1, length, 9, 64), (1, length, 9, p), (9, p, n), (1, length, 9, 64),
+              (1, length, 9, 64)]
+    inputs = [torch.randn(s, device=device) for s in shapes]
+    inputs[1], inputs[2] = F.softplus(inputs[1] - 4), -inputs[2].exp()
+    inputs = [v.requires_grad_() for v in inputs]
+    scan, best = getattr(M, form), math.inf
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        y, _ = scan(*inputs)
+        y.square().mean().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    peak = (torch.cuda.max_memory_allocated() if device == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return best, peak
+
+
+def bench(length=2048):
+    """Print a table; each measurement in a fresh process, so that its peak memory is its own."""
+    import multiprocessing
+    print(f"forward + backward of one layer's scan, (1, {length}), 9 heads, state 64 x 64, float32, "
+          f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'mixer':<8}{'form':<14}{'ms':>10}{'peak MiB':>10}{'speed-up':>10}")
+    rows = []
+    for mixer in MIXERS:
+        slow = None
+        for form in ("recurrence", "chunked_scan"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, peak = pool.apply(time_scan, (
+                    mixer, form, length, DEVICE, 2 if form == "recurrence" else 5))
+            slow = slow or seconds
+            rows.append({"mixer": mixer, "form": form, "seconds": seconds, "peak_bytes": peak,
+                         "speed_up": slow / seconds})
+            print(f"{mixer:<8}{form:<14}{1e3 * seconds:10.1f}{peak / 2 ** 20:10.0f}"
+                  f"{slow / seconds:9.1f}x", flush=True)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
+    parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (default: 2048)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    args = parser.parse_args(argv)
+    if not args.bench:
+        parser.error("give --bench; the tests run with: python -m pytest test_all.py")
+    rows = bench(args.length)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
