@@ -368,7 +368,8 @@ def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max
 def small_tiles(monkeypatch):
     """Loops of several rounds where a launch of this size would take one; quicker to interpret."""
     monkeypatch.setattr(M, "tile_sizes", lambda mamba2, b, H, P, N, T, ring: (
-        16, max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2, 1, None))
+        16, 16 if mamba2 else 2 ** (N - 1).bit_length(),
+        max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2, 1, None, 2))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -1391,11 +1392,13 @@ def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
         return train(name, student, parameters, loss_of_step, min(steps, 2), lr, **options)
 
     monkeypatch.setattr(M, "train", short)
-    monkeypatch.setattr(M, "tiny_teacher", lambda v, t, **k: tiny_teacher(v, t, **{**k, "steps": 3}))
+    monkeypatch.setattr(M, "tiny_teacher",
+                        lambda v, t, **k: tiny_teacher(v, t, **{**k, "steps": 3}))
     monkeypatch.setattr(M, "tiny_world", lambda *a: (tiny_world(*a)[0], tiny_world(*a)[1][:50]))
     monkeypatch.chdir(tmp_path)
     M.main(["--tiny", "--json", "f.json"])
-    printed, tables = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())["tables"]
+    printed = capsys.readouterr().out
+    tables = json.loads((tmp_path / "f.json").read_text())["tables"]
     assert list(tables) == MIXERS and printed.count("bit-equal") == 2
     for rows in tables.values():
         assert [row["stage"] for row in rows] == STORY
@@ -1920,8 +1923,8 @@ def test_command_bench(home):
 
 
 def test_command_needle(home):
-    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64,96 --depths 0,1 "
-                                   "--trials 1")
+    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64,96 --depths "
+                                   "0,1 --trials 1")
     assert code == 0 and "cache of one row" in out, err
 
 
@@ -2023,7 +2026,7 @@ def time_scan(mixer, form, length, device, repeats):
 def bench(length=2048):
     """Print a table; each measurement in a fresh process, so that its peak memory is its own."""
     import multiprocessing
-    print(f"forward + backward of one layer's scan, (1, {length}), 9 heads, state 64 x 64, float32, "
+    print(f"forward + backward of one layer's scan, (1, {length}), 9 heads of 64 x 64, float32, "
           f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'mixer':<8}{'form':<14}{'ms':>10}{'peak MiB':>10}{'speed-up':>10}")
     rows = []
@@ -2044,7 +2047,7 @@ def bench(length=2048):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (default: 2048)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens (default: 2048)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
     if not args.bench:
