@@ -392,7 +392,7 @@ def softplus(v):
 
 
 @triton.jit
-def product(a, b, acc):
+def dot(a, b, acc):
     """acc + a @ b in fp32. The interpreter has no bf16 product: it would multiply the raw bits."""
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -400,194 +400,222 @@ def product(a, b, acc):
 
 
 @triton.jit
-def split_product(a, b, acc, TERMS: tl.constexpr):
-    """acc + a @ b for fp32 a: against bf16 b, a goes in as TERMS bf16 parts of 8 bits each, since
-    one bf16 or TF32 product would leave an error of 1e-3 in the state."""
-    for _ in tl.static_range(TERMS if b.dtype == tl.bfloat16 else 1):
-        part = a.to(b.dtype)
-        acc = product(part, b, acc)
-        a -= part.to(tl.float32)
+def product(a, b, acc, TERMS: tl.constexpr):
+    """acc + a @ b. An fp32 factor meets a bf16 one as TERMS bf16 parts of 8 bits each: one bf16 or
+    TF32 product would leave an error of 1e-3 in the state."""
+    if a.dtype == b.dtype:
+        return dot(a, b, acc)
+    for _ in tl.static_range(TERMS):
+        if a.dtype == tl.float32:
+            part = a.to(b.dtype)
+            acc, a = dot(part, b, acc), a - part.to(tl.float32)
+        else:
+            part = b.to(a.dtype)
+            acc, b = dot(a, part, acc), b - part.to(tl.float32)
     return acc
 
 
 @triton.jit
-def old_and_new(ring_v, ring_width, slot, old, v, v_row, t, fresh, column, inside,
-                DT: tl.constexpr):
-    """Rows of one input in the order of their positions: old ones from the ring, then new ones."""
-    a = tl.load(ring_v + slot[:, None] * ring_width + column[None, :],
-                mask=old[:, None] & inside[None, :], other=0)           # (R,n)
-    b = tl.load(v + t[:, None] * v_row + column[None, :],
-                mask=fresh[:, None] & inside[None, :], other=0)         # (R,n)
-    return tl.where(old[:, None], a.to(DT), b.to(DT))
+def ring_slot(start, s, slots):
+    """The slot of token start + s without a division: start < slots, s <= slots."""
+    return tl.where(start + s < slots, start + s, start + s - slots)
+
+
+@triton.jit
+def to_end(delta, a):
+    """What tokens leave at the end of their row: Delta_s exp(decay after s) each, total decay."""
+    decay = delta * a
+    return delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0)), tl.exp(
+        tl.sum(decay))
 
 
 @triton.jit
 def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-                  x_row, dt_row, B_row, C_row, z_row, T, slots, ring,
+                  x_row, dt_row, B_row, C_row, z_row, slots, ring, T: tl.constexpr,
                   GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
                   N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                  BT: tl.constexpr, BR: tl.constexpr):
-    """BP channels of one head of one row by the parallel form. BT >= T, BR >= ring."""
+                  BR: tl.constexpr):
+    """BP channels of one head of one row; the state in chunks of BN columns. BR >= ring.
+
+    Everything is requested before anything is used: first what the counts do not concern, then
+    the ring. Products have the BP channels as rows, so a warp's rows of the state stay its own.
+    """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
-    n_old = length + tl.load(counts + 2 * b + row) - base               # tokens in the ring
+    pending = tl.load(counts + 2 * b + row)
+    BT: tl.constexpr = max(16, triton.next_power_of_2(T))
+    DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
-    in_n, row = n < N, row.to(tl.int64)                                 # offsets pass 2^31
-    DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-
-    # everything that does not depend on the counts is requested first, the state before all
-    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n[None, :]      # (BP,BN)
-    h0 = tl.load(state, mask=in_n[None, :], other=0)
-    x, dt, B = x + row * T * x_row, dt + row * T * dt_row + h, B + row * T * B_row
-    C_t = tl.load(C + (row * T + t[:, None]) * C_row + h * N + n[None, :],
-                  mask=(t < T)[:, None] & in_n[None, :], other=0).to(DT)        # (BT,BN)
-    a, shift = tl.load(A + h), tl.load(bias + h)
     gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
-    ring_x, ring_B = ring_x + row * slots * (GX * P), ring_B + row * slots * (GB * N)
-    ring_dt += row * slots * H + h
+    row, real = row.to(tl.int64), (t < T)[:, None]                      # offsets pass 2^31
+    at, a = row * T + t, tl.load(A + h)                                 # (BT,) rows of the inputs
 
-    # 1. flush: fold the committed tokens into the checkpoint
-    if n_old + T > ring:
-        old = s < length - base                                         # (BR,)
-        slot = (base + s) % slots
-        x_s = old_and_new(ring_x, GX * P, slot, old, x, x_row, s, s < 0, gx, p < P, DT)
-        B_s = old_and_new(ring_B, GB * N, slot, old, B, B_row, s, s < 0, gb, in_n, DT)
-        delta = tl.load(ring_dt + slot * H, mask=old, other=0)
-        decay = delta * a
-        to_end = tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))  # after s
-        u = x_s.to(tl.float32) * (delta * to_end)[:, None]              # (BR,BP)
-        h0 = split_product(tl.trans(u), B_s, h0 * tl.exp(tl.sum(decay)), 3)
-        tl.store(state, h0, mask=in_n[None, :])
-        n_old -= length - base
-        base = length
-
-    # 2. what is left in the ring, then the new tokens, in one tile of BR rows
-    old, fresh, k = s < n_old, (s >= n_old) & (s < n_old + T), s - n_old        # (BR,)
-    slot = (base + s) % slots
-    x_s = old_and_new(ring_x, GX * P, slot, old, x, x_row, k, fresh, gx, p < P, DT)  # (BR,BP)
-    B_s = old_and_new(ring_B, GB * N, slot, old, B, B_row, k, fresh, gb, in_n, DT)   # (BR,BN)
-    delta = softplus(tl.load(dt + k * dt_row, mask=fresh, other=0).to(tl.float32) + shift)
-    delta = tl.where(old, tl.load(ring_dt + slot * H, mask=old, other=0), delta)     # (BR,)
-
-    # 3. y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s + D x_t
-    decay = delta * a
-    seen = s[None, :] <= n_old + t[:, None]                             # (BT,BR)
-    cum, cum_t = tl.cumsum(decay), tl.sum(tl.where(seen, decay[None, :], 0), 1)
-    hi = h0.to(DT)                                                      # C is exact in DT
-    out = product(C_t, tl.trans(hi), tl.zeros((BT, BP), tl.float32))    # (BT,BP)
-    if DT == tl.bfloat16:
-        out = product(C_t, tl.trans((h0 - hi.to(tl.float32)).to(DT)), out)
-    scores = product(C_t, tl.trans(B_s), tl.zeros((BT, BR), tl.float32))         # (BT,BR)
-    scores *= tl.exp(tl.minimum(cum_t[:, None] - cum[None, :], 0)) * delta[None, :]
-    scores = tl.where(seen, scores, 0)
-    if D is not None:                                                   # x_t is row n_old + t
-        scores += tl.where(s[None, :] == n_old + t[:, None], tl.load(D + h), 0)
-    out = split_product(scores, x_s, out * tl.exp(cum_t)[:, None], 2)
-    at = (row * T + t[:, None]) * (H * P) + h * P + p[None, :]          # (BT,BP)
+    x_t = tl.load(x + at[:, None] * x_row + gx[None, :], mask=real, other=0)    # (BT,BP)
+    dt_t = tl.load(dt + at * dt_row + h, mask=t < T, other=0).to(tl.float32) + tl.load(bias + h)
     if z is not None:
-        z_row_t = (row * T + t[:, None]) * z_row + h * P + p[None, :]
-        gate = tl.load(z + z_row_t, mask=(t < T)[:, None], other=0).to(tl.float32)
-        out *= gate * tl.sigmoid(gate)
-    tl.store(y + at, out, mask=(t < T)[:, None])
+        gate = tl.load(z + at[:, None] * z_row + h * P + p[None, :], mask=real, other=0)
+    n_old, start = length + pending - base, base % slots
+    old, at_slot = s < n_old, row * slots + ring_slot(start, s, slots)  # (BR,)
+    delta_s = tl.load(ring_dt + at_slot * H + h, mask=old, other=0)
+    x_s = tl.load(ring_x + at_slot[:, None] * (GX * P) + gx[None, :], mask=old[:, None],
+                  other=0).to(DT)                                       # (BR,BP)
 
-    # 4. the new inputs enter the ring, each from one program; nobody reads these slots now
-    if n_valid is not None:
-        fresh &= k < tl.load(n_valid + row)
+    # 1. h C_t and B_s . C_t, summed over chunks of the state; the flush writes the folded state
+    flush = n_old + T > ring
+    weight, keep = to_end(tl.where(s < length - base, delta_s, 0), a)
+    u = tl.trans(x_s.to(tl.float32) * weight[:, None])                  # (BP,BR)
+    delta = tl.where(t < T, softplus(dt_t), 0)                          # (BT,)
+    cum = tl.cumsum(delta * a)
+    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n[None, :]      # (BP,BN)
+    C += at[:, None] * C_row + h * N + n[None, :]
+    B += at[:, None] * B_row + gb[None, :]
+    old_B = ring_B + at_slot[:, None] * (GB * N) + gb[None, :]
+    seen = tl.zeros((BP, BT), tl.float32)
+    scores = tl.zeros((BT, BT), tl.float32)                             # (s,t)
+    old_scores = tl.zeros((BR, BT), tl.float32)
+    for i in range(0, N, BN):
+        in_n = (n < N - i)[None, :]
+        h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
+        C_i = tl.load(C + i, mask=real & in_n, other=0).to(DT)          # (BT,BN)
+        B_i = tl.load(B + i, mask=real & in_n, other=0)                 # (BT,BN)
+        old_i = tl.load(old_B + i, mask=old[:, None] & in_n, other=0).to(DT)    # (BR,BN)
+        seen = product(h_i, tl.trans(C_i), seen, 2)
+        scores = dot(B_i.to(DT), tl.trans(C_i), scores)
+        old_scores = dot(old_i, tl.trans(C_i), old_scores)
+        if flush:
+            tl.store(state + i, product(u, old_i, h_i * keep, 3), mask=in_n)
+    weight, keep = to_end(delta_s, a)                                   # of all tokens in the ring
+    seen = product(tl.trans(x_s), old_scores * weight[:, None], seen * keep, 2)
+
+    # 2. new tokens among themselves: sum_{s<=t} (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s + D x_t
+    scores *= tl.exp(tl.minimum(cum[None, :] - cum[:, None], 0)) * delta[:, None]
+    scores = tl.where(t[:, None] <= t[None, :], scores, 0)
+    if D is not None:
+        scores += tl.where(t[:, None] == t[None, :], tl.load(D + h), 0)
+    out = product(tl.trans(x_t.to(DT)), scores, seen * tl.exp(cum)[None, :], 2)
+    out = tl.trans(out)                                                 # (BT,BP)
+    if z is not None:
+        out *= gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
+    tl.store(y + at[:, None] * (H * P) + h * P + p[None, :], out, mask=real)
+
+    # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
+    fresh = t < (T if n_valid is None else tl.load(n_valid + row))
+    at_slot = row * slots + ring_slot(start, n_old + t, slots)          # (BT,)
     if is_first(h, H, GX, RUNS):
-        tl.store(ring_x + slot[:, None] * (GX * P) + gx[None, :], x_s, mask=fresh[:, None])
+        tl.store(ring_x + at_slot[:, None] * (GX * P) + gx[None, :], x_t, mask=fresh[:, None])
     if split == 0:
-        tl.store(ring_dt + slot * H, delta, mask=fresh)
+        tl.store(ring_dt + at_slot * H + h, delta, mask=fresh)
         if is_first(h, H, GB, RUNS):
-            tl.store(ring_B + slot[:, None] * (GB * N) + gb[None, :], B_s,
-                     mask=fresh[:, None] & in_n[None, :])
+            for i in tl.range(0, N, BN, num_stages=1):
+                here = real & fresh[:, None] & (n < N - i)[None, :]
+                tl.store(ring_B + at_slot[:, None] * (GB * N) + i + gb[None, :],
+                         tl.load(B + i, mask=here, other=0), mask=here)
+
+
+@triton.jit
+def replay(h, a, ring_x, ring_dt, ring_B, in_n, start, first, last, slots, X: tl.constexpr,
+           W: tl.constexpr, Y: tl.constexpr, BR: tl.constexpr):
+    """The state h (BP,BN) after old tokens first..last-1, BR of them requested at once. Widths of
+    the rings: X, W, Y."""
+    while first < last:
+        xs, ds, Bs = (), (), ()
+        for i in tl.static_range(BR):
+            slot = ring_slot(start, tl.minimum(first + i, last - 1), slots)
+            ds += (tl.load(ring_dt + slot * W),)                        # (BP,)
+            xs += (tl.load(ring_x + slot * X),)                         # (BP,)
+            Bs += (tl.load(ring_B + slot * Y, mask=in_n, other=0),)     # (BP,BN)
+        for i in tl.static_range(BR):
+            if first + i < last:
+                u = ds[i] * xs[i].to(tl.float32)
+                h = tl.exp2(ds[i][:, None] * a) * h + u[:, None] * Bs[i].to(tl.float32)
+        first += BR
+    return h
 
 
 @triton.jit
 def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-                 x_row, dt_row, B_row, C_row, z_row, T, slots, ring,
+                 x_row, dt_row, B_row, C_row, z_row, slots, ring, T: tl.constexpr,
                  GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
                  N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BT: tl.constexpr, BR: tl.constexpr):
-    """BP channels of one head of one row, the recurrence in registers: per-channel decays leave no
-    matrix product. BT = T, BR = old tokens requested at once."""
-    split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+                 BR: tl.constexpr):
+    """BP channels, across heads, of one row, the recurrence in registers: per-channel decays leave
+    no matrix product. Inputs are requested BR tokens ahead."""
+    row, b = tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
-    n_old = length + tl.load(counts + 2 * b + row) - base               # tokens in the ring
-    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
-    in_n, row = n < N, row.to(tl.int64)                                 # offsets pass 2^31
+    pending = tl.load(counts + 2 * b + row)
+    j, n, row = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN), row.to(tl.int64)
+    h, p = j // P, j % P                                                # (BP,) head and channel
+    gx = group(h, H, GX, RUNS) * P + p
+    gb = group(h, H, GB, RUNS)[:, None] * N + n[None, :]                # (BP,BN)
+    in_n, tile = (n < N)[None, :], j[:, None] * N + n[None, :]
 
-    # everything that does not depend on the counts is requested first, the state before all
-    tile = h * (P * N) + p[:, None] * N + n[None, :]                    # (BP,BN)
+    # what does not depend on the counts is requested first
     state += row * (H * P * N) + tile
-    h_t = tl.load(state, mask=in_n[None, :], other=0)
-    a = tl.load(A + tile, mask=in_n[None, :], other=0) * 1.4426950408889634     # for exp2
-    channel, shift = h * P + p, tl.load(bias + h * P + p)               # (BP,)
-    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
-    xs, ds, Bs, Cs = (), (), (), ()                                     # one entry per new token
-    for t in tl.static_range(BT):
-        at = row * T + t
-        xs += (tl.load(x + at * x_row + gx),)                           # (BP,)
-        ds += (tl.load(dt + at * dt_row + channel),)                    # (BP,)
-        Bs += (tl.load(B + at * B_row + gb, mask=in_n, other=0),)       # (BN,)
-        Cs += (tl.load(C + at * C_row + h * N + n, mask=in_n, other=0),)    # (BN,)
+    h_t = tl.load(state, mask=in_n, other=0, eviction_policy="evict_first")
+    a = tl.load(A + tile, mask=in_n, other=0) * 1.4426950408889634      # for exp2
+    x, dt, B = x + row * T * x_row + gx, dt + row * T * dt_row + j, B + row * T * B_row + gb
+    C += row * T * C_row + h[:, None] * N + n[None, :]
+    xs, ds, Bs, Cs = (), (), (), ()                                     # one entry per token
+    for t in tl.static_range(min(BR, T)):
+        xs += (tl.load(x + t * x_row),)                                 # (BP,)
+        ds += (tl.load(dt + t * dt_row),)                               # (BP,)
+        Bs += (tl.load(B + t * B_row, mask=in_n, other=0),)             # (BP,BN)
+        Cs += (tl.load(C + t * C_row, mask=in_n, other=0),)             # (BP,BN)
+    shift = tl.load(bias + j)
+    skip = 0.0 if D is None else tl.load(D + j)
+
+    # 1. replay; a flush writes the state after the last committed token
     ring_x, ring_B = ring_x + row * slots * (GX * P) + gx, ring_B + row * slots * (GB * N) + gb
-    ring_dt += row * slots * (H * P) + channel
+    ring_dt += row * slots * (H * P) + j
+    n_old, start = length + pending - base, base % slots
+    fold = tl.where(n_old + T > ring, length - base, 0)
+    if fold > 0:
+        h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, start, base - base, fold, slots,
+                     GX * P, H * P, GB * N, BR)
+        tl.store(state, h_t, mask=in_n)
+    h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, start, fold, n_old, slots,
+                 GX * P, H * P, GB * N, BR)
 
-    # 1. replay; the checkpoint stays behind at the last committed token
-    kept, committed, slot0 = h_t, length - base, base % slots
-    first = 0
-    while first < n_old:
-        for i in tl.static_range(BR):
-            s = first + i
-            slot = tl.where(slot0 + s < slots, slot0 + s, slot0 + s - slots)
-            in_p, in_n_s = p < tl.where(s < n_old, P, 0), n < tl.where(s < n_old, N, 0)
-            delta = tl.load(ring_dt + slot * (H * P), mask=in_p, other=0)   # 0: no effect
-            x_s = tl.load(ring_x + slot * (GX * P), mask=in_p, other=0).to(tl.float32)
-            B_s = tl.load(ring_B + slot * (GB * N), mask=in_n_s, other=0).to(tl.float32)
-            h_t = tl.exp2(delta[:, None] * a) * h_t + (delta * x_s)[:, None] * B_s[None, :]
-            kept = tl.where(s < committed, h_t, kept)
-        first += BR
-
-    # 2. the new tokens
-    ys, deltas = (), ()
-    for t in tl.static_range(BT):
-        delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
-        B_t, C_t = Bs[t].to(tl.float32), Cs[t].to(tl.float32)
-        h_t = tl.exp2(delta[:, None] * a) * h_t + (delta * x_t)[:, None] * B_t[None, :]
-        ys += (tl.sum(h_t * C_t[None, :], 1),)                          # (BP,)
-        deltas += (delta,)
-    if n_old + T > ring:
-        tl.store(state, kept, mask=in_n[None, :])
+    # 2. the new tokens; each input enters the ring from one program, nobody reads that slot now
     valid = T if n_valid is None else tl.load(n_valid + row)
-    for t in tl.static_range(BT):
-        out = ys[t]
-        if D is not None:
-            out += tl.load(D + channel) * xs[t].to(tl.float32)
+    for t in tl.static_range(T):
+        if t + BR < T:
+            xs += (tl.load(x + (t + BR) * x_row),)
+            ds += (tl.load(dt + (t + BR) * dt_row),)
+            Bs += (tl.load(B + (t + BR) * B_row, mask=in_n, other=0),)
+            Cs += (tl.load(C + (t + BR) * C_row, mask=in_n, other=0),)
+        delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
+        u = (delta * x_t)[:, None]
+        h_t = tl.exp2(delta[:, None] * a) * h_t + u * Bs[t].to(tl.float32)
+        out = tl.sum(h_t * Cs[t].to(tl.float32), 1) + skip * x_t     # (BP,)
         if z is not None:
-            gate = tl.load(z + (row * T + t) * z_row + channel).to(tl.float32)
+            gate = tl.load(z + (row * T + t) * z_row + j).to(tl.float32)
             out *= gate * tl.sigmoid(gate)
-        tl.store(y + (row * T + t) * (H * P) + channel, out)
-        if t < valid:                               # store the inputs, each from one program
-            slot = (base + n_old + t) % slots
-            tl.store(ring_dt + slot * (H * P), deltas[t])
-            if is_first(h, H, GX, RUNS):
-                tl.store(ring_x + slot * (GX * P), xs[t])
-            if is_first(h, H, GB, RUNS) & (split == 0):
-                tl.store(ring_B + slot * (GB * N), Bs[t], mask=in_n)
+        tl.store(y + (row * T + t) * (H * P) + j, out)
+        if t < valid:
+            slot = ring_slot(start, n_old + t, slots)
+            tl.store(ring_dt + slot * (H * P), delta)
+            tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
+            first = (is_first(h, H, GB, RUNS) & (p == 0))[:, None]
+            tl.store(ring_B + slot * (GB * N), Bs[t], mask=first & in_n)
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
-    """BP, BR, warps, register limit of a launch. A small batch is cut fine, so that 132 SMs have
-    work; a large one needs several programs on each SM, so that loads overlap arithmetic."""
-    low, large = P & -P, b * H * P * N > 2 ** 21    # BP divides P, so channels need no mask
+    """BP, BN, BR, warps, register limit, stages of a launch: what was fastest on an H100.
+
+    A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
+    mamba2 keeps to 32 rows of state and two warps: from 64 rows on Triton 3.6 takes Hopper's
+    WGMMA, and the results came out wrong.
+    """
+    large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:
-        BR = max(16, triton.next_power_of_2(ring))
-        return min(low, 32), BR, 4 if BR == 16 else 8, 128 if large else None
-    BR = min(triton.next_power_of_2(ring), 4 if large else 16)
-    few = T <= 8                                    # the new tokens' inputs wait in registers
-    tile = (256 if few else 128) // triton.next_power_of_2(N)
-    return min(low, max(1, tile)), BR, 1, 168 if large and few else None
+        BP, BR = min(P & -P, 32), max(16, triton.next_power_of_2(ring))   # BP divides P: no mask
+        return (BP, min(BN, 32), BR, BP // 16, 168, min(5, 1 + -(-BN // 32))) if large else (
+            BP, min(BN, 64), BR, BP // 16, None, 3)
+    low, wanted = H * P & -(H * P), max(1, (1024 if large else 256) // BN)
+    BR = 1 if large else min(triton.next_power_of_2(ring), 16)
+    return min(low, wanted), BN, BR, 4, 80 if large else None, 1
 
 
 def rows(v):
@@ -603,17 +631,16 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     H, N, mamba2 = C.shape[2], C.shape[3], A.shape[-1] == 1
     for v in (A, dt_bias, state, ring_x, ring_dt, ring_B, counts):
         assert v.is_contiguous(), "state, rings, counts and per-head weights must be contiguous"
-    BP, BR, warps, registers = tile_sizes(mamba2, b, H, P, N, T, ring)
-    BN = triton.next_power_of_2(N)
-    BT = max(16, triton.next_power_of_2(T)) if mamba2 else T
+    BP, BN, BR, warps, registers, stages = tile_sizes(mamba2, b, H, P, N, T, ring)
+    kernel, grid = (mamba2_kernel, P // BP) if mamba2 else (mamba_kernel, H * P // BP)
     y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
     new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
-        (mamba2_kernel if mamba2 else mamba_kernel)[P // BP, H, b](
+        kernel[grid, H if mamba2 else 1, b](
             *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-            *strides, T, ring_x.shape[1], ring, GX, B.shape[2], H, P, N, runs, BP, BN, BT, BR,
-            num_warps=warps, maxnreg=registers)
+            *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, BP, BN, BR,
+            num_warps=warps, maxnreg=registers, num_stages=stages)
     return y
 
 
@@ -1244,10 +1271,10 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     eager = teacher.config._attn_implementation == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"
     student = HybridForCausalLM(config)
-    for name, target in student.named_parameters():             # not the buffers: RoPE stays fp32
+    for name, p in student.named_parameters():      # not .to(): it would round RoPE's frequencies
         wide = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
-        target.data = target.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
-                                     else weight.dtype)
+        p.data = p.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
+                           else weight.dtype)
     theirs = dict(teacher.named_parameters())
     for name, ours in student.named_parameters():
         if name in theirs:
@@ -1899,7 +1926,7 @@ def real_data(teacher, chat, args):
 # ---------------------------------------------------------------------------------------------
 
 # name of the stage: (share of the budget, learning rate as a multiple of --lr)
-STAGES = {"alignment": (0.30, 1.0), "stage 1": (0.10, 0.25), "stage 2": (0.57, 0.25),
+STAGES = {"alignment": (0.40, 1.0), "stage 1": (0.15, 0.25), "stage 2": (0.42, 0.1),
           "stage 3": (0.03, 0.01)}
 FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),
