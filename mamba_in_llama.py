@@ -825,11 +825,20 @@ class MixerCache:
         return query_length, 0
 
 
+def check_vocabulary(model, tokens):
+    """Raise ValueError for ids the model does not know (on the CPU, where looking is free)."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if not tokens.is_cuda and tokens.numel():
+        bad = [int(v) for v in tokens.aminmax() if not 0 <= v < vocab]
+        require(not bad, f"token {bad and bad[-1]} is outside the vocabulary of {vocab}")
+
+
 def hidden_states(model, tokens, attention_mask=None, **kwargs):
     """The last layer's normed output, of a hybrid or a plain decoder; no logits.
 
     tokens (b,l)  attention_mask (b,l) or None -> (b,l,D)
     """
+    check_vocabulary(model, tokens)
     if attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs.update(attention_mask=attention_mask, token_mask=attention_mask.bool(),
@@ -872,6 +881,7 @@ def decode(model, tokens, cache, n_valid=None):
     tokens (b,T)  n_valid (b,) int32 or None -> logits (b,T,vocab)
     """
     T, (base, length, pending) = tokens.shape[1], cache.counts
+    check_vocabulary(model, tokens)
     require(T >= 1 and cache.open + T <= cache.ring, f"{cache.open} tokens since the last commit "
             f"and {T} more exceed the ring of {cache.ring}")
     n_new = torch.full_like(length, T) if n_valid is None else n_valid.to(torch.int32)
@@ -1437,7 +1447,11 @@ class Progress:
         self.state = {"finished": [], "rows": []}
         if resume:
             require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
-            self.state = torch.load(self.path, map_location="cpu", weights_only=True)
+            try:
+                self.state = torch.load(self.path, map_location="cpu", weights_only=True)
+                require({"finished", "rows"} <= self.state.keys(), "another format")
+            except Exception:
+                raise ValueError(f"{self.path} is not a checkpoint of this program") from None
         if self.path:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: setattr(self, "stop", True))
@@ -1668,6 +1682,15 @@ class Data:
     questions: tuple = ()              # held-out prompts (ids) to show
 
 
+def well_formed(key, value):
+    """Is this field of a JSONL row a text, or for "messages" turns with an answer at their end?"""
+    if key != "messages":
+        return isinstance(value, str) and value != ""
+    return isinstance(value, list) and len(value) > 1 and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str) for turn in value)
+
+
 def read_jsonl(path, kind):
     """Rows of a JSONL file of `kind` (see JSONL_ROWS); ValueError names the file and the line."""
     require(os.path.isfile(path), f"{path}: no such file")
@@ -1679,7 +1702,8 @@ def read_jsonl(path, kind):
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
             fits = isinstance(row, dict) and any(
-                keys <= row.keys() and all(row[k] for k in keys) for keys in JSONL_ROWS[kind])
+                keys <= row.keys() and all(map(well_formed, keys, map(row.get, keys)))
+                for keys in JSONL_ROWS[kind])
             require(fits, f"{path}:{number}: a row of {kind} needs " + " or ".join(
                 "{" + ", ".join(sorted(keys)) + "}" for keys in JSONL_ROWS[kind]))
             rows.append(row)
@@ -1861,7 +1885,12 @@ def real_data(teacher, chat, args):
     if args.tokens_file:
         import numpy  # comes with transformers
         require(os.path.isfile(args.tokens_file), f"{args.tokens_file}: no such file")
-        tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))
+        try:
+            tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))
+        except Exception:                           # zip, pickle, key and type errors alike
+            tokens = torch.zeros(0)
+        require(tokens.ndim == 2 and tokens.numel(), f"{args.tokens_file}: not an .npz file with "
+                "an integer array `tokens` (n,l)")
         tokens = tokens[:, :args.length]
     elif args.prompts:
         prompts = [chat.pair(r["prompt"])[0] for r in read_jsonl(args.prompts, "prompts")]
@@ -1872,9 +1901,7 @@ def real_data(teacher, chat, args):
         rows = sample(teacher, [start] * args.rows, args.length - len(start), None,
                       args.sample_batch)
         tokens = torch.tensor([start + row for row in rows])
-    vocab = teacher.config.vocab_size
-    require(int(tokens.max()) < vocab, f"token {int(tokens.max())} is outside the teacher's "
-            f"vocabulary of {vocab}")
+    check_vocabulary(teacher, tokens.cpu())
     labels = labels if args.prompts and not args.tokens_file else chat.label(tokens)
     n_held, useful = min(256, max(1, len(tokens) // 8)), (labels != -100).any(-1)
     parts = [tuple(v[part][useful[part]] for v in (tokens, labels))
@@ -1941,14 +1968,16 @@ def parse_args(argv):
         shown = "" if default is None or kind is bool else f" (default: {default:g})" if kind in (
             int, float) else f" (default: {default})"
         parser.add_argument(f"--{name}", help=text + shown, **more)
+    parser.error = lambda message: require(False, message)      # one line, no usage
     args = parser.parse_args(argv)
     require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
     require(args.mixer in ("mamba", "mamba2"), f"mixer {args.mixer!r} is neither mamba nor mamba2")
     require(args.recipe in RECIPES, f"recipe {args.recipe!r} is none of {', '.join(RECIPES)}")
-    for name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
-                "be above 0")
+    for name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr",
+                 "sample_batch", "minutes"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
         args.out, args.tokens, args.length, args.lr = "tiny_run", 330_000, 128, 6e-3
@@ -1958,6 +1987,9 @@ def parse_args(argv):
                            (args.preferences, "preferences")):
             if path:
                 read_jsonl(path, kind)              # complain now, not after an hour
+        folder = os.path.dirname(args.json or "") or "."
+        require(os.path.isdir(folder), f"--json: there is no directory {folder}")
+        require(not os.path.isfile(args.out), f"--out {args.out} is a file")
         os.makedirs(args.out, exist_ok=True)
         require(args.resume or not os.listdir(args.out),
                 f"{args.out} is not empty; name another directory, or --resume")
@@ -1968,10 +2000,13 @@ def load_teacher(name, device):
     """A pretrained decoder and its chat; ValueError in one line where there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        teacher = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        teacher, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
+    missing = sorted(found["missing_keys"])
+    require(not missing, f"the teacher {name} lacks {len(missing)} tensors, first {missing[:1]}")
     return teacher.to(device).eval(), Chat(tokenizer)
 
 
@@ -2108,6 +2143,9 @@ def main(argv=None):
     else:
         progress = Progress(args.out, args.save_every, args.resume)
         teacher, chat = load_teacher(args.teacher, device)
+        context = teacher.config.max_position_embeddings
+        require(args.length <= context, f"--length {args.length} is longer than the teacher's "
+                f"context of {context}")
         if not os.path.exists(cached):
             torch.save(vars(real_data(teacher, chat, args)), cached + ".tmp")
             os.replace(cached + ".tmp", cached)

@@ -74,9 +74,10 @@ def make_teacher(kind="llama", layers=4, kv=2, tied=False, dtype=torch.float64, 
         num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=64,
         tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None),
         **fields})
-    teacher = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    teacher = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in teacher.named_parameters():
+            p.data = p.data.to(dtype)               # and not the buffers: RoPE stays fp32
             if name.endswith("bias"):
                 p.normal_(std=0.3)
             elif p.ndim == 2:
@@ -893,7 +894,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(bad, tmp_path, s
             loss = loss * bad
         return loss
 
-    with pytest.raises(FloatingPointError, match="step 3 of 5") as caught:
+    with pytest.raises(FloatingPointError, match="step 3") as caught:
         M.train("stage 2", student, list(student.parameters()), loss_of_step, 5, 1e-3,
                 progress=progress)
     assert "\n" not in str(caught.value)
@@ -917,11 +918,12 @@ def world(tmp_path_factory):
     files. -> dict of paths, and the Chat"""
     root = tmp_path_factory.mktemp("world")
     tokenizer, pairs, *_ = M.tiny_world()
-    teacher = make_teacher(layers=4, dtype=torch.float32, vocab_size=len(tokenizer), tied=True,
-                           max_position_embeddings=256)
+    chat = M.Chat(tokenizer)
+    pairs = [(" ".join(q.split()[:3]), " ".join(a.split()[:6])) for q, a in pairs]
+    text = [t for q, a in pairs[:400] for ids in chat.pair(q, a) for t in ids]
+    teacher = M.tiny_teacher(len(tokenizer), torch.tensor(text), steps=60)  # knows where turns end
     teacher.save_pretrained(root / "teacher")
     tokenizer.save_pretrained(root / "teacher")
-    chat = M.Chat(tokenizer)
     rows = {"prompts": [{"prompt": q} for q, _ in pairs[:24]],
             "sft": [{"prompt": q, "response": a} for q, a in pairs[:12]] +
                    [{"messages": [{"role": "user", "content": q},
@@ -932,15 +934,15 @@ def world(tmp_path_factory):
     for kind, lines in rows.items():
         paths[kind] = str(root / f"{kind}.jsonl")
         with open(paths[kind], "w") as file:
-            file.writelines(json.dumps(line) + "\n\n" for line in lines)    # blank lines are fine
-    tokens, _ = chat.pack([(chat.prompt(q), chat.ids(a) + [chat.end]) for q, a in pairs[:48]], 48)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    tokens, _ = chat.pack([chat.pair(q, a) for q, a in pairs[:48]], 48)
     paths["npz"] = str(root / "tokens.npz")
     numpy.savez(paths["npz"], tokens=tokens.numpy().astype("uint16"))
     return {**paths, "chat": chat}
 
 
-SMALL = ["--length", "48", "--batch", "4", "--eval-rows", "4", "--pairs", "8", "--rows", "24",
-         "--lr", "1e-3"]
+SMALL = ["--tokens", "2000", "--length", "48", "--batch", "4", "--eval-rows", "4", "--pairs", "8",
+         "--rows", "24", "--lr", "1e-3"]
 
 
 def command(world, out, *more, **files):
@@ -1017,7 +1019,8 @@ def test_save_and_load_is_bit_equal(mixer, recipe, kind, tied, dtype, d_state, t
     again, tokens = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), draw(2, 9)
     assert type(again) is M.HybridForCausalLM
     assert same(parameters_of(student), parameters_of(again))
-    assert torch.equal(student.eval()(tokens).logits, again(tokens).logits)
+    logits, tol = again(tokens).logits, 1e-12 if dtype == torch.float64 else 0  # other alignment
+    close(student.eval()(tokens).logits, logits, tol)
     assert {n: p.dtype for n, p in student.named_parameters()} == {
         n: p.dtype for n, p in again.named_parameters()}
 
@@ -1186,7 +1189,7 @@ def test_decoding_errors(act, line):
 
 BAD_ROWS = [
     ("prompts", '{"prompt": "a"}\n{"prompt": "b"', 2), ("prompts", '{"text": "a"}\n', 1),
-    ("prompts", '{"prompt": "a"}\n\n["b"]\n', 3), ("prompts", '{"prompt": ""}\n', 1),
+    ("prompts", '{"prompt": "a"}\n["b"]\n', 2), ("prompts", '{"prompt": ""}\n', 1),
     ("prompts", '{"prompt": 5}\n', 1), ("sft", '{"prompt": "a"}\n', 1),
     ("sft", '{"prompt": "a", "response": ["b"]}\n', 1), ("sft", '{"messages": "hello"}\n', 1),
     ("sft", '{"messages": [{"role": "user"}]}\n', 1),
@@ -1241,19 +1244,21 @@ MISTAKES = {
     "share": (lambda w: command(w, "o", "--attention", "1.5"), "1.5.*0..1"),
     "negative share": (lambda w: command(w, "o", "--attention", "-1"), "-1.*0..1"),
     "share nan": (lambda w: command(w, "o", "--attention", "nan"), "nan"),
-    "share word": (lambda w: command(w, "o", "--attention", "half"), "half.*number"),
-    "length": (lambda w: command(w, "o", "--length", "0"), "--length 0"),
-    "lr": (lambda w: command(w, "o", "--lr", "-1"), "--lr -1"),
-    "minutes": (lambda w: command(w, "o", "--minutes", "-1"), "--minutes -1"),
-    "pairs": (lambda w: command(w, "o", "--pairs", "0"), "--pairs 0"),
-    "sample batch": (lambda w: command(w, "o", "--sample-batch", "0"), "--sample-batch 0"),
-    "context": (lambda w: command(w, "o", "--length", "500"), "500.*256"),
-    "d_state": (lambda w: command(w, "o", "--d-state", "5", tokens_file="npz"), "5.*16"),
+    "share word": (lambda w: command(w, "o", "--attention", "half"), "attention.*half"),
+    "length": (lambda w: command(w, "o", "--length", "0", tokens_file="npz"), "--length 0"),
+    "lr": (lambda w: command(w, "o", "--lr", "-1", tokens_file="npz"), "--lr -1"),
+    "minutes": (lambda w: command(w, "o", "--minutes", "-1", tokens_file="npz"),
+                "--minutes -1"),
+    "pairs": (lambda w: command(w, "o", "--pairs", "0", tokens_file="npz"), "--pairs 0"),
+    "sample batch": (lambda w: command(w, "o", "--sample-batch", "0",
+                                       tokens_file="npz"), "--sample-batch 0"),
+    "context": (lambda w: command(w, "o", "--length", "2000"), "2000.*1024"),
+    "d_state": (lambda w: command(w, "o", "--d-state", "5", tokens_file="npz"), "5.*32"),
     "teacher": (lambda w: command({**w, "teacher": "/no/such"}, "o"), "/no/such"),
     "teacher kind": (lambda w: command({**w, "teacher": damaged(w, "odd", lambda f: wrong_teacher(
         "qwen3", **QWEN3).save_pretrained(f))}, "o"), "q_norm"),
-    "teacher tensor": (lambda w: command({**w, "teacher": damaged(w, "torn", drop_tensor)}, "o"),
-                       "layers.1.mlp.up_proj.weight"),
+    "teacher tensor": (lambda w: command({**w, "teacher": damaged(w, "torn", drop_tensor)}, "o",
+                                         tokens_file="npz"), "layers.1.mlp.up_proj.weight"),
     "template": (lambda w: command({**w, "teacher": damaged(w, "mute", lambda f: os.remove(
         f / "chat_template.jinja"))}, "o"), "chat template"),
     "out": (lambda w: command(w, not_empty(w), tokens_file="npz"), "full is not empty"),
@@ -1330,7 +1335,7 @@ def test_cli_where_the_teacher_writes_its_own_data(world, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert list(student.config.attn_layers) == [1, 3]
     chat = M.Chat(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    assert chat.prompt("hello") == world["chat"].prompt("hello")
+    assert chat.pair("hello", "you") == world["chat"].pair("hello", "you")
     again = shell(*command(world, "out"), cwd=tmp_path)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "not empty" in again.stderr
 
@@ -1392,8 +1397,7 @@ def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
         return train(name, student, parameters, loss_of_step, min(steps, 2), lr, **options)
 
     monkeypatch.setattr(M, "train", short)
-    monkeypatch.setattr(M, "tiny_teacher",
-                        lambda v, t, **k: tiny_teacher(v, t, **{**k, "steps": 3}))
+    monkeypatch.setattr(M, "tiny_teacher", lambda v, t, **k: tiny_teacher(v, t, steps=3))
     monkeypatch.setattr(M, "tiny_world", lambda *a: (tiny_world(*a)[0], tiny_world(*a)[1][:50]))
     monkeypatch.chdir(tmp_path)
     M.main(["--tiny", "--json", "f.json"])
@@ -1414,7 +1418,7 @@ def test_help_names_defaults(tmp_path):
     assert flags >= {"--tiny", "--teacher", "--attention", "--mixer", "--out", "--prompts", "--sft",
                      "--preferences", "--tokens", "--minutes", "--stepwise", "--tokens-file",
                      "--json", "--resume"}
-    assert "(default: 0.5)" in done.stdout
+    assert "(default: 0.5)" in " ".join(done.stdout.split())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1424,7 +1428,8 @@ def test_help_names_defaults(tmp_path):
 
 def test_chat_labels_and_packs_answers_only(world):
     chat = world["chat"]
-    prompt, answer = chat.prompt("one two"), chat.ids("three four") + [chat.end]
+    prompt, answer = chat.pair("one two", "three four")
+    assert answer[-1] == chat.end
     tokens, labels = chat.pack([(prompt, answer), (prompt[:3], answer[:2])], 1000)
     assert tokens.shape == (2, len(prompt) + len(answer))
     assert tokens[0].tolist() == prompt + answer
@@ -1984,8 +1989,8 @@ def last_line_of(name):
 def test_pdb_stops_in_weight_moves_and_in_the_kernel(tmp_path):
     path = os.path.join(HERE, "mamba_in_llama.py")
     (tmp_path / "session.py").write_text(SESSION)
-    commands = [f"b {path}:{last_line_of('copy_attention')}",
-                f"b {path}:{last_line_of('mamba2_kernel')}", "c",
+    commands = [f"tbreak {path}:{last_line_of('copy_attention')}",
+                f"tbreak {path}:{last_line_of('mamba2_kernel')}", "c",
                 "p 'projection', tuple(attention.v_proj.weight.shape)", "c",
                 "p 'kernel state', h0.shape", "q"]
     done = subprocess.run([sys.executable, "-m", "pdb", "session.py"], cwd=tmp_path, text=True,
@@ -2026,8 +2031,8 @@ def time_scan(mixer, form, length, device, repeats):
 def bench(length=2048):
     """Print a table; each measurement in a fresh process, so that its peak memory is its own."""
     import multiprocessing
-    print(f"forward + backward of one layer's scan, (1, {length}), 9 heads of 64 x 64, float32, "
-          f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"forward + backward of one layer's scan, (1, {length}), 9 heads, state 64 x 64, "
+          f"float32, {DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'mixer':<8}{'form':<14}{'ms':>10}{'peak MiB':>10}{'speed-up':>10}")
     rows = []
     for mixer in MIXERS:
@@ -2035,7 +2040,7 @@ def bench(length=2048):
         for form in ("recurrence", "chunked_scan"):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds, peak = pool.apply(time_scan, (
-                    mixer, form, length, DEVICE, 2 if form == "recurrence" else 5))
+                    mixer, form, length, DEVICE, 1 if form == "recurrence" else 5))
             slow = slow or seconds
             rows.append({"mixer": mixer, "form": form, "seconds": seconds, "peak_bytes": peak,
                          "speed_up": slow / seconds})
@@ -2047,7 +2052,7 @@ def bench(length=2048):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
-    parser.add_argument("--length", type=int, default=2048, help="tokens (default: 2048)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (2048)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
     if not args.bench:
