@@ -1323,7 +1323,7 @@ def test_cli_where_the_teacher_writes_its_own_data(world, tmp_path):
                           "4000", "--json", "report.json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "attention stays in layers [1, 3] of 0..3" in done.stdout
-    assert "bit-equal" in done.stdout and "DIFFER" not in done.stdout
+    assert "reloads it bit for bit" in done.stdout
     assert "teacher :" in done.stdout and "student :" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     rows = report["tables"]["mamba2"]
@@ -1403,7 +1403,7 @@ def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
     M.main(["--tiny", "--json", "f.json"])
     printed = capsys.readouterr().out
     tables = json.loads((tmp_path / "f.json").read_text())["tables"]
-    assert list(tables) == MIXERS and printed.count("bit-equal") == 2
+    assert list(tables) == MIXERS and printed.count("bit for bit") == 2
     for rows in tables.values():
         assert [row["stage"] for row in rows] == STORY
         assert all(row["ratio"] > 0 and row["human_ratio"] > 0 for row in rows)
