@@ -1869,8 +1869,9 @@ def tiny_data(args):
                    for held in (True, False)]
     teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]))
     prompts, asked = 2 * [p for p, _ in seen], [p for p, _ in human]
-    answers = sample(teacher, prompts, 96, chat.end, 512, name="answers")
-    heldout = sample(teacher, asked, 96, chat.end, 512, seed=1, name="held-out")
+    # a teacher this small writes readable answers only at a low temperature
+    answers = sample(teacher, prompts, 96, chat.end, 512, 0.6, name="answers")
+    heldout = sample(teacher, asked, 96, chat.end, 512, 0.6, seed=1, name="held-out")
     return teacher, chat, Data(
         train=chat.pack(zip(prompts, answers), args.length), human=chat.pack(human, args.length),
         heldout=chat.pack(zip(asked, heldout), args.length), questions=asked[:2])
@@ -1980,7 +1981,7 @@ def parse_args(argv):
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
-        args.out, args.tokens, args.length, args.lr = "tiny_run", 330_000, 128, 6e-3
+        args.out, args.tokens, args.length, args.lr = "tiny_run", 330_000, 128, 1e-2
         shutil.rmtree(args.out, ignore_errors=True)
     else:
         for path, kind in ((args.prompts, "prompts"), (args.sft, "sft"),
