@@ -819,9 +819,11 @@ class MixerCache:
         return self.columns
 
     def get_query_offset(self, layer_idx=0):
+        """Where transformers would count queries from."""
         return self.columns
 
     def get_mask_sizes(self, query_length, layer_idx=0):
+        """(key length, key offset) of the masks transformers makes: in prefill, the prompt's own."""
         return query_length, 0
 
 
@@ -1168,9 +1170,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 if isinstance(layer.self_attn, Mixer)}
 
     def get_input_embeddings(self):
+        """The embedding that transformers ties or resizes."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self):
+        """The language-model head."""
         return self.lm_head
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None,
