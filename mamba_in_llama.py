@@ -823,7 +823,7 @@ class MixerCache:
         return self.columns
 
     def get_mask_sizes(self, query_length, layer_idx=0):
-        """(key length, key offset) of the masks transformers makes: in prefill, the prompt's own."""
+        """(key length, key offset) of the masks that transformers makes in prefill."""
         return query_length, 0
 
 
