@@ -23,10 +23,14 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 """
 
 import argparse
+import bisect
 import copy
+import inspect
 import json
 import os
+import shlex
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -1067,6 +1071,46 @@ def compare(target, drafts, prompt, tokenizer, args, ends=None, show=True):
     return rows
 
 
+def compare_teacher(args, device):
+    """--compare-teacher: 20 prompts, plain against ngram:3, and transformers' own generate. -> rows
+
+    Ten prompts ask for free text and ten for text that repeats itself. Hybrid and teacher each are
+    their own target; transformers decodes the teacher on the same prompts, in turn with ours.
+    """
+    target, tokenizer = load(args.target, device)
+    teacher, rows = load(args.compare_teacher, device)[0], []
+    free = [f"Tell me about {thing}." for thing in (
+        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
+    code = (bisect.bisect_left, bisect.insort_left, textwrap.indent, textwrap.shorten, shlex.join)
+    lists = ("apples", "pens", "dogs", "cups", "keys")
+    again = [f"Add a comment to this code and print all of it:\n{inspect.getsource(f)}" for f in code]
+    again += ["Go on with this list up to 40:\n" + "".join(
+        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9)) for word in lists]
+    n_new, head = args.max_new_tokens, "target    prompts   "
+    print(f"{head}{'transformers':>13}{'plain':>8}{'ngram:3':>9}{'speed-up':>10}{'# Gen':>7}"
+          "  identical (tokens/s, CPU or one GPU)")
+    for name, model in ("hybrid", target), ("teacher", teacher):
+        for kind, texts in ("free", free), ("repeating", again):
+            spent, gen, same = [0.0, 0.0, 0.0], 0.0, 0
+            for text in texts:
+                prompt = encode(text, tokenizer).to(device)
+                spent[0] += seconds(lambda: teacher.generate(
+                    prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
+                    max_new_tokens=n_new, min_new_tokens=n_new), device.type == "cuda")
+                plain = generate(model, prompt, n_new)
+                fast = speculative_decode(model, NGramDraft(3), prompt, n_new, args.lookahead)
+                same += torch.equal(plain.tokens[0], fast.tokens[0])
+                spent[1], spent[2] = spent[1] + plain.seconds, spent[2] + fast.seconds
+                gen += fast.tokens_per_round / len(texts)
+            rate = [len(texts) * (n_new - 1) / t for t in spent]
+            rows.append({"target": name, "prompts": kind, "transformers_teacher": rate[0],
+                         "plain": rate[1], "ngram": rate[2], "speed_up": rate[2] / rate[1],
+                         "gen": gen, "identical": f"{same} of {len(texts)}"})
+            print("{target:<10}{prompts:<10}{transformers_teacher:13.1f}{plain:8.1f}{ngram:9.1f}"
+                  "{speed_up:9.2f}x{gen:7.2f}  {identical}".format(**rows[-1]), flush=True)
+    return rows
+
+
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
@@ -1106,7 +1150,7 @@ def make_draft(args, device):
     return [{"step": step, "loss": loss} for step, loss in history]
 
 
-MODES = (tiny, bench, bench_kernel, needle, make_draft)
+MODES = (tiny, bench, bench_kernel, needle, make_draft, compare_teacher)
 
 
 def parse_args(argv):
@@ -1120,6 +1164,8 @@ def parse_args(argv):
     add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
     add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
     add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder, or the authors' format")
+    add("--compare-teacher", metavar="DIR_OR_NAME", help="20 prompts: --target and this teacher, "
+        "plain and ngram:3, and transformers' generate")
     add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
     add("--draft-words", type=int, help="cut the draft's head to the first so many words")
     add("--prompt", metavar="TEXT", help="the text to answer")
@@ -1151,7 +1197,8 @@ def parse_args(argv):
                 "be above 0")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
     modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, "
+            "--make-draft, --compare-teacher")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")

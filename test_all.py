@@ -1936,6 +1936,12 @@ def test_command_needle(home):
     assert code == 0 and "cache of one row" in out, err
 
 
+def test_command_compare_teacher(home):
+    code, out, err = spec_cli(home, "--compare-teacher tiny_run/teacher --target tiny_run/mamba2 "
+                                   "--max-new-tokens 3")
+    assert code == 0 and out.count("10 of 10") == 4, err
+
+
 def test_command_make_draft(home):
     code, out, err = spec_cli(home, "--make-draft layers:0,2 --target tiny_run/teacher --out new "
                                    "--rows 256 --length 48 --minutes 0.02")
