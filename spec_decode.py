@@ -23,7 +23,6 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 """
 
 import argparse
-import bisect
 import copy
 import inspect
 import json
@@ -1081,9 +1080,10 @@ def compare_teacher(args, device):
     teacher, rows = load(args.compare_teacher, device)[0], []
     free = [f"Tell me about {thing}." for thing in (
         "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
-    code = (bisect.bisect_left, bisect.insort_left, textwrap.indent, textwrap.shorten, shlex.join)
+    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
     lists = ("apples", "pens", "dogs", "cups", "keys")
-    again = [f"Add a comment to this code and print all of it:\n{inspect.getsource(f)}" for f in code]
+    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
+             for f in code]
     again += ["Go on with this list up to 40:\n" + "".join(
         f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9)) for word in lists]
     n_new, head = args.max_new_tokens, "target    prompts   "
