@@ -1892,6 +1892,7 @@ def home(tmp_path_factory):
     for name in ("teacher", "mamba2", "mamba"):
         # a teacher that says any word will also say the mark that begins an answer
         model = toy_llama(vocab=len(tokenizer), width=32, sharp=0.0 if name == "teacher" else 8.0)
+        model.config.max_position_embeddings = 1024     # --compare-teacher has long prompts
         if name != "teacher":
             model = M.convert_to_hybrid(model, [1, 3], name)
         model.generation_config.eos_token_id = 2
