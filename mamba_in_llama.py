@@ -347,7 +347,7 @@ def parallel_form(u, delta, B, C, A, state, fold):
     scores = C @ B.mT * decay
     scores = scores if T == 1 else scores.tril(R)
     y = scores @ u + cum_t.exp() * (C @ state.mT)                       # (b,H,T,P)
-    if R:
+    if R and (fold.is_cuda or fold.any()):                              # a flush is rare
         log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
         total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
         weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
@@ -665,13 +665,11 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
     first, wide = (counts[1] + counts[2])[:, None], torch.promote_types(u.dtype, torch.float32)
-    row, at = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
-    at = first + at                                                     # (b,W-1+T) positions
-    slot, t = at % slots, at[:, W - 1:] - first
-    old = ring_u[row, slot[:, :W - 1]].masked_fill((at[:, :W - 1] < 0)[..., None], 0)
-    window = torch.cat([old, u], 1).unfold(1, W, 1).to(wide)            # (b,T,c,W)
+    row, t = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
+    slot = (first + t) % slots              # (b,W-1+T); before position 0 lie slots still zero
+    window = torch.cat([ring_u[row, slot[:, :W - 1]], u], 1).unfold(1, W, 1).to(wide)   # (b,T,c,W)
     put(ring_u[..., None], (row, slot[:, W - 1:]), u[..., None],
-        None if n_valid is None else t < n_valid[:, None])
+        None if n_valid is None else t[W - 1:] < n_valid[:, None])
     out = (window * weight.to(wide)).sum(-1)
     out = out if bias is None else out + bias
     return (F.silu(out) if act else out).to(u.dtype)
@@ -898,7 +896,7 @@ def decode(model, tokens, cache, n_valid=None):
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
     inside = (steps < n_new[:, None]) & (positions < cache.max_length)
     cache.positions = positions.masked_fill(~inside, cache.max_length)
-    cache.n_valid = n_new
+    cache.n_valid = None if n_valid is None else n_new          # None: no row brings fewer
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     with grouped_attention(model.model.config):
         hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,

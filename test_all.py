@@ -1576,14 +1576,17 @@ def test_hand_example():
     assert (n.item(), token.item()) == (4, 5)
 
 
-def test_warp():
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    assert torch.allclose(S.warp(logits, top_k=2), torch.tensor([0.625, 0.375, 0, 0]))
-    assert torch.allclose(S.warp(logits, top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]))
-    assert torch.allclose(S.warp(logits, top_p=0.81), torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95)
-    assert torch.equal(S.warp(logits, 0), torch.tensor([1.0, 0, 0, 0]))
-    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert torch.allclose(S.warp(logits, 0.5), squares / squares.sum())
+@pytest.mark.parametrize("settings, expected", [
+    (dict(temperature=1, top_k=2), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1, top_p=0.8), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+    (dict(temperature=0), [1, 0, 0, 0]),
+    (dict(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])], ids=str)
+def test_probabilities(settings, expected):
+    """0.5, 0.3, 0.15, 0.05; temperature 0.5 squares them, and the squares sum to 0.365."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    p = S.Sampling(**settings).probabilities(logits)
+    assert torch.allclose(p, torch.tensor(expected, dtype=torch.float32))
 
 
 def chi_square_z(seen, p):
@@ -1627,7 +1630,7 @@ def test_sampled_distribution(settings, kind):
     words = torch.cartesian_prod(*[torch.arange(vocab)] * 3)                    # (216,3)
     with torch.no_grad():
         logits = target(torch.cat([prompt.expand(len(words), -1), words], 1)).logits[:, 4:7]
-    p = S.warp(logits, **settings).gather(2, words[..., None])[..., 0].prod(1)
+    p = S.Sampling(**settings).probabilities(logits).gather(2, words[..., None])[..., 0].prod(1)
     cell = torch.stack(got.tokens) @ torch.tensor([vocab ** 2, vocab, 1])
     assert chi_square_z(cell.bincount(minlength=vocab ** 3), p) < 3.5
     assert got.accepted > 0 and got.accepted < got.drafted
@@ -1641,7 +1644,7 @@ def test_plain_sampling_distribution():
     words = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     with torch.no_grad():
         logits = target(torch.cat([torch.tensor([[1, 2]]).expand(36, -1), words], 1)).logits[:, 1:3]
-    p = S.warp(logits, 0.9).gather(2, words[..., None])[..., 0].prod(1)
+    p = S.Sampling(0.9).probabilities(logits).gather(2, words[..., None])[..., 0].prod(1)
     cell = torch.stack(got.tokens) @ torch.tensor([6, 1])
     assert chi_square_z(cell.bincount(minlength=36), p) < 3.5
     got = S.speculative_decode(target, S.NGramDraft(1, 1), [[1, 2]] * 64, 20, temperature=1.5,
@@ -1889,6 +1892,7 @@ def home(tmp_path_factory):
     for name in ("teacher", "mamba2", "mamba"):
         # a teacher that says any word will also say the mark that begins an answer
         model = toy_llama(vocab=len(tokenizer), width=32, sharp=0.0 if name == "teacher" else 8.0)
+        model.config.max_position_embeddings = 1024     # --compare-teacher has long prompts
         if name != "teacher":
             model = M.convert_to_hybrid(model, [1, 3], name)
         model.generation_config.eos_token_id = 2
@@ -1931,6 +1935,12 @@ def test_command_needle(home):
     code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64,96 --depths "
                                    "0,1 --trials 1")
     assert code == 0 and "cache of one row" in out, err
+
+
+def test_command_compare_teacher(home):
+    code, out, err = spec_cli(home, "--compare-teacher tiny_run/teacher --target tiny_run/mamba2 "
+                                   "--max-new-tokens 3")
+    assert code == 0 and out.count("10 of 10") == 4, err
 
 
 def test_command_make_draft(home):
