@@ -15,9 +15,11 @@ Contents:  1 helpers   2 scan and bridge to attention   3 multi-step kernels   4
 import argparse
 import ast
 import copy
+import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -28,7 +30,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -2030,7 +2034,6 @@ def time_scan(mixer, form, length, device, repeats):
 
 def bench(length=2048):
     """Print a table; each measurement in a fresh process, so that its peak memory is its own."""
-    import multiprocessing
     print(f"forward + backward of one layer's scan, (1, {length}), 9 heads, state 64 x 64, "
           f"float32, {DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'mixer':<8}{'form':<14}{'ms':>10}{'peak MiB':>10}{'speed-up':>10}")
@@ -2049,16 +2052,323 @@ def bench(length=2048):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------
+# 15. --ablate: the paper's Tables 6 to 9 at toy size, then our own switches one at a time.
+# ---------------------------------------------------------------------------------------------
+
+# A run is a tuple of steps: where attention stays (with the recipe's fields that differ), then
+# stages (name, share of the budget). Every run is made once per seed and kept in ./ablate_run;
+# a run that goes on from another one starts from that one's student.
+SIZE = dict(teacher_steps=300, answers=4000, steps=160, batch=8, length=128, rows=96, layers=8)
+SMALLEST = dict(teacher_steps=2, answers=16, steps=4, batch=2, length=48, rows=4, layers=8)
+HALF, QUARTER, EIGHTH, NONE = (1, 3, 5, 7), (3, 7), (7,), ()
+MIXERS_ONLY, ALL, SFT, DPO = ("stage 1", 1.0), ("everything", 1.0), ("SFT", 0.5), ("DPO", 0.25)
+ALIGNED = ("alignment", 0.4), ("stage 1", 0.6)              # the same number of steps in all
+RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 2e-4}
+METRICS = {"ratio": "perplexity ratio on the teacher's held-out answers, lower is better",
+           "human_ratio": "perplexity ratio on held-out text that people wrote, lower is better",
+           "preference": "share of held-out answers likelier than another question's, higher is "
+                         "better"}
+
+
+def run_of(layers, *stages, **fields):
+    """The run that keeps attention in `layers`; fields: what differs from near_linear."""
+    return (("convert", layers, tuple(sorted(fields.items()))), *stages)
+
+
+def random_start(layers, stage):
+    return run_of(layers, stage, attn_init=False)
+
+
+def stepwise(first, second):
+    """Half of the budget at each share; the second student keeps what the first has learnt."""
+    half = ("stage 1", 0.5)
+    return run_of(first, half) + run_of(second, half)
+
+
+class Table(NamedTuple):
+    title: str
+    metric: str                        # of METRICS: what the rows are ordered by
+    paper: str                         # what the paper's figures are
+    rows: list                         # (label, run, the paper's figure or None)
+
+
+BASE = {share: run_of(layers, MIXERS_ONLY) for share, layers in (
+    ("50 %", HALF), ("25 %", QUARTER), ("12.5 %", EIGHTH), ("0 %", NONE))}
+OURS = run_of(HALF, *ALIGNED)
+TABLES = {
+    "6 left": Table("how much attention stays (stage 1 alone)", "ratio", "ratio", [
+        (share + (" (paper: 6.25 %)" if share == "12.5 %" else ""), BASE[share], figure)
+        for share, figure in zip(BASE, (1.03, 1.09, 1.22, 1.66))]),
+    "6 right": Table("the stages after distillation", "preference", "MT-bench", [
+        (f"{share}, {name}", BASE[share] + stages, figure)
+        for share, figures in (("50 %", (5.55, 5.61, 5.42, 6.69)),
+                               ("25 %", (5.01, 4.97, 4.84, 6.10)))
+        for (name, stages), figure in zip((("stage 1", ()), ("+ SFT", (SFT,)), ("+ DPO", (DPO,)),
+                                           ("+ SFT + DPO", (SFT, DPO))), figures)]),
+    "7 left": Table("attention's weights at the start, and MLPs frozen or not", "ratio",
+                    "perplexity", [
+        (f"{share}, {start}, {rest}", (run_of if start == "attention" else random_start)(
+            layers, stage), figure)
+        for share, layers, figures in (("0 %", NONE, (3.36, 66.7, 18.2, 20.3)),
+                                       ("50 %", HALF, (2.09, 9.1, 7.4, 11.2)))
+        for (start, rest, stage), figure in zip((
+            ("attention", "frozen", MIXERS_ONLY), ("attention", "not frozen", ALL),
+            ("random", "frozen", MIXERS_ONLY), ("random", "not frozen", ALL)), figures)]),
+    "7 right": Table("which layers stay, and stepwise or at once", "ratio", "perplexity", [
+        ("50 %, interleaved", BASE["50 %"], 2.09),
+        ("50 %, the first 4 layers", run_of((0, 1, 2, 3), MIXERS_ONLY), 2.41),
+        ("25 %, interleaved, stepwise", stepwise(HALF, QUARTER), 2.20),
+        ("25 %, interleaved, at once", BASE["25 %"], 2.29),
+        ("25 %, the first 2 layers, stepwise", stepwise((0, 1, 2, 3), (0, 1)), 2.89)]),
+    "8": Table("attention's weights at the start, 50 %", "human_ratio", "LAMBADA", [
+        ("attention", BASE["50 %"], 6.20), ("random", random_start(HALF, MIXERS_ONLY), 55.01)]),
+    "9": Table("Mamba, or the layers simply removed, 50 %", "human_ratio", "LAMBADA", [
+        ("Mamba blocks", BASE["50 %"], 6.20),
+        ("layers removed, the rest trained", (("remove", HALF, ()), ALL), 151.98)]),
+    "ours": Table("one switch at a time, 50 %, alignment and stage 1", "ratio", "", [
+        ("near_linear", OURS, None),
+        ("no alignment (as long a stage 1)", BASE["50 %"], None),
+        ("RoPE dropped", run_of(HALF, *ALIGNED, rope=False), None),
+        ("random gate", run_of(HALF, *ALIGNED, gate="default"), None),
+        ("random convolution + SiLU", run_of(HALF, *ALIGNED, conv="default"), None),
+        ("slow decays", run_of(HALF, *ALIGNED, decay="slow"), None),
+        ("gated norm", run_of(HALF, *ALIGNED, norm=True), None),
+        ("the authors' start", run_of(HALF, *ALIGNED, **M.RECIPES["paper"]), None)]),
+}
+
+
+RUNS = {run: f"{key}: {label}" for key, table in reversed(TABLES.items())
+        for label, run, _ in table.rows}                    # every run once, named by a table
+PARENTS = {run: max((p for p in RUNS if p == run[:len(p)] and p != run), key=len, default=())
+           for run in RUNS}
+
+
+def ablation_world(folder, size):
+    """The one teacher of all runs and its data, made once and kept in `folder`.
+
+    Answers are sampled at temperature 1, so that no student can beat the teacher's perplexity on
+    them but by luck. A preference is the right rest of a paragraph against another one's.
+
+    -> teacher, {"train", "heldout", "sft", "human", "chosen", "rejected", "right", "wrong"}
+    """
+    file = os.path.join(folder, "world.pt")
+    if not os.path.exists(file):
+        os.makedirs(folder, exist_ok=True)
+        torch.manual_seed(0)
+        tokenizer, pairs = M.tiny_world()
+        chat, length = M.Chat(tokenizer), size["length"]
+        seen, human = [[chat.pair(*p) for i, p in enumerate(pairs) if (i % 10 == 0) == held]
+                       for held in (False, True)]
+        teacher = M.tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]),
+                                 size["teacher_steps"], layers=size["layers"])
+
+        def answers(asked, seed):
+            return chat.pack(zip(asked, M.sample(teacher, asked, length - 32, chat.end, 512, 1.0, 0,
+                                                 seed)), length)
+
+        def preferences(pairs):
+            """Both answers cut to the same number of tokens."""
+            other = [a for _, a in pairs[1:] + pairs[:1]]
+            cut = [min(len(a), len(b)) - 1 for (_, a), b in zip(pairs, other)]
+            return [chat.pack([(p, v[:n]) for (p, _), v, n in zip(pairs, side, cut)], length)
+                    for side in ([a for _, a in pairs], other)]
+
+        questions = [p for p, _ in seen]
+        (chosen, rejected), (right, wrong) = preferences(seen), preferences(human)
+        torch.save(dict(
+            train=answers((questions * 9)[:size["answers"]], 0),
+            heldout=answers([p for p, _ in human][:size["rows"]], 1), sft=chat.pack(seen, length),
+            human=chat.pack(human[:size["rows"]], length), chosen=chosen, rejected=rejected,
+            right=right, wrong=wrong, config=teacher.config.to_dict(),
+            teacher=teacher.state_dict()), file)
+    data = torch.load(file)
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**data.pop("config"))).eval()
+    teacher.load_state_dict(data.pop("teacher"))
+    return teacher, data
+
+
+def file_of(run, seed, folder):
+    """Where a run's result is kept, and its student if another run starts from it."""
+    return os.path.join(folder, hashlib.sha1(repr((run, seed)).encode()).hexdigest()[:16] + ".pt")
+
+
+def ablation_run(run, seed, folder, size):
+    """One run, from its parent's student or from the teacher; evaluated and kept. -> its result
+
+    A seed is a draw of what conversion leaves to chance, and an order of the data.
+    """
+    torch.set_num_threads(1)
+    teacher, data = ablation_world(folder, size)
+    start, student, curves = time.monotonic(), None, {}
+    shuffled = {}
+    for name in ("train", "sft", "chosen", "rejected"):     # a pair keeps its two halves together
+        draw = torch.Generator().manual_seed(seed)
+        shuffled[name] = [v[torch.randperm(len(v), generator=draw.manual_seed(seed))]
+                          for v in data[name]]
+    if PARENTS[run]:
+        student = torch.load(file_of(PARENTS[run], seed, folder), weights_only=False)["student"]
+    for kind, value, *fields in run[len(PARENTS[run]):]:
+        torch.manual_seed(seed)
+        if kind == "convert":
+            older, student = student, M.convert_to_hybrid(teacher, value, **dict(*fields))
+            if older is not None:                           # stepwise: keep what is distilled
+                ours = student.state_dict()
+                student.load_state_dict({k: v for k, v in older.state_dict().items()
+                                         if k in ours}, strict=False)
+        elif kind == "remove":
+            student = copy.deepcopy(S.LayerSubsetDraft(teacher, value))
+        else:
+            losses = ablation_stage(kind, student, teacher, shuffled, dict(
+                steps=round(value * size["steps"]), batch_size=size["batch"], lr=RATES[kind]))
+            curves[kind] = [loss for _, loss in losses]
+    result = M.evaluate(student, teacher, data["heldout"][0], labels=data["heldout"][1])
+    human = M.evaluate(student, teacher, data["human"][0], labels=data["human"][1])
+    with torch.no_grad():
+        right, wrong = (M.preference_logps(student, *data[side]) for side in ("right", "wrong"))
+    result.update(human_ratio=human["ratio"], preference=(right > wrong).float().mean().item(),
+                  curves=curves, seconds=time.monotonic() - start)
+    kept = student if run in PARENTS.values() else None
+    torch.save({"result": result, "student": kept}, file_of(run, seed, folder))
+    return result
+
+
+def ablation_stage(kind, student, teacher, data, options):
+    """One stage of a run. -> list of (step, loss)"""
+    if kind == "alignment":
+        return M.align_mixers(student, teacher, data["train"][0], **options)
+    if kind == "DPO":
+        return M.dpo(student, teacher, data["chosen"], data["rejected"], **options)
+    if kind == "SFT":
+        return M.distil(kind, student, teacher, *data["sft"], beta=0.0, **options)
+    return M.distil(kind, student, teacher, *data["train"], alpha=0.1, beta=1.0,
+                    only_mixers=kind == "stage 1", **options)
+
+
+def sweep(todo, results, folder, size, after_each):
+    """Run (seed, run) jobs on all cores, a parent before its children; fills `results`."""
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    todo, running = list(todo), {}
+    bar = M.tqdm(total=len(todo), unit="run")
+    with ProcessPoolExecutor(len(cores), multiprocessing.get_context("spawn")) as pool:
+        while todo or running:
+            for seed, run in list(todo):
+                if len(running) < len(cores) and (not PARENTS[run] or
+                                                  (seed, PARENTS[run]) in results):
+                    running[pool.submit(ablation_run, run, seed, folder, size)] = seed, run
+                    todo.remove((seed, run))
+            bar.set_description(" | ".join(f"{RUNS[r]}, seed {s}" for s, r in running.values()))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                results[running.pop(future)] = future.result()
+                bar.update()
+                after_each()
+    bar.close()
+
+
+def ablate(only="", seeds=3, folder="ablate_run", size=None, json_file=None):
+    """All runs of the tables whose name begins with `only`, then the tables. -> their rows
+
+    What stands in `folder` is taken from there, so an interrupted sweep goes on.
+    """
+    size, tables = size or SIZE, {k: t for k, t in TABLES.items() if k.startswith(only)}
+    M.require(tables, f"--only {only!r}: want the beginning of one of {', '.join(TABLES)}")
+    print(f"teacher of {size['layers']} layers, mamba2, {size['steps']} steps of {size['batch']} x "
+          f"{size['length']} tokens per run, seeds 0..{seeds - 1}; all is kept in {folder}")
+    start, (teacher, data) = time.monotonic(), ablation_world(folder, size)
+    human = M.evaluate(teacher, teacher, data["human"][0], labels=data["human"][1])["perplexity"]
+    print(f"the teacher's perplexity on text that people wrote: {human:.2f}", flush=True)
+    wanted = [row[1] for table in tables.values() for row in table.rows]
+    wanted = dict.fromkeys(r for run in wanted for r in (PARENTS[PARENTS[run]] if PARENTS[run]
+                                                         else (), PARENTS[run], run) if r)
+    jobs, results = list(itertools.product(range(seeds), wanted)), {}
+    for seed, run in jobs:
+        if os.path.exists(file_of(run, seed, folder)):
+            results[seed, run] = torch.load(file_of(run, seed, folder),
+                                            weights_only=False)["result"]
+
+    def write():
+        rows = ablation_rows(tables, results)
+        if json_file:
+            with open(json_file, "w") as file:
+                json.dump({"size": size, "torch": torch.__version__, "rows": rows}, file, indent=1)
+        return rows
+
+    print(f"{len(jobs)} runs, {len(results)} of them done before", flush=True)
+    sweep([job for job in jobs if job not in results], results, folder, size, write)
+    rows = write()
+    print_ablations(tables, rows)
+    print(f"\n{sum(r['seconds'] for r in results.values()):.0f} core-seconds of runs; "
+          f"{time.monotonic() - start:.0f} s this time, {torch.__version__}")
+    return rows
+
+
+def ablation_rows(tables, results):
+    """One row per table row: each metric's values, a list over the seeds that are done."""
+    rows = []
+    for key, table in tables.items():
+        for label, run, figure in table.rows:
+            done = [r for (_, other), r in sorted(results.items(), key=lambda kv: kv[0][0])
+                    if other == run]
+            rows.append({"table": key, "row": label, "paper": figure, "curves": [
+                r["curves"] for r in done], **{m: [r[m] for r in done] for m in (
+                    "ratio", "human_ratio", "kl", "agreement", "preference", "seconds")}})
+    return rows
+
+
+def verdict(rows, metric, paper_wants_high):
+    """Do the rows stand in the paper's order? A pair counts when every seed ranks it the same way.
+
+    -> one line
+    """
+    agree, differ, open_pairs = 0, [], 0
+    for a, b in itertools.combinations(rows, 2):
+        better, worse = (a, b) if (a["paper"] > b["paper"]) == paper_wants_high else (b, a)
+        sign = 1 if metric == "preference" else -1
+        gains = [sign * (x - y) for x, y in zip(better[metric], worse[metric])]
+        if all(g > 0 for g in gains):
+            agree += 1
+        elif all(g < 0 for g in gains):
+            differ.append(f"{worse['row']} beats {better['row']}")
+        else:
+            open_pairs += 1
+    return (f"order: {agree} of {agree + len(differ) + open_pairs} pairs as in the paper"
+            + f", {open_pairs} undecided between seeds" * bool(open_pairs)
+            + (f"; the other way round: {', '.join(differ)}" if differ else ""))
+
+
+def print_ablations(tables, rows):
+    """Each table with the paper's figures beside ours, mean and spread over seeds."""
+    def show(values):
+        return f"{numpy.mean(values):.3f} +- {numpy.std(values):.3f}"
+
+    for key, table in tables.items():
+        mine = [r for r in rows if r["table"] == key]
+        names = {"ratio": "ratio", "human_ratio": "on people's text", "kl": "KL, nats",
+                 "preference": "preference"}
+        print(f"\n{'Table ' * key[0].isdigit()}{key}: {table.title}. Ordered by the "
+              f"{METRICS[table.metric]}.\n{'':<38}{table.paper and 'paper: ' + table.paper:>18}"
+              + "".join(f"{name + '*' * (m == table.metric):>19}" for m, name in names.items()))
+        for r in mine:
+            figure = "" if r["paper"] is None else f"{r['paper']:.2f}"
+            print(f"{r['row']:<38}{figure:>18}" + "".join(f"{show(r[m]):>19}" for m in names))
+        if table.paper:
+            print(verdict(mine, table.metric, table.paper == "MT-bench"))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
     parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (2048)")
+    parser.add_argument("--ablate", action="store_true", help="the paper's Tables 6 to 9 at toy "
+                        "size, our own switches; resumes from ./ablate_run")
+    parser.add_argument("--only", metavar="TABLE", default="", help="of --ablate: 6, '7 left', ...")
+    parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
-    if not args.bench:
-        parser.error("give --bench; the tests run with: python -m pytest test_all.py")
-    rows = bench(args.length)
-    if args.json:
+    if args.bench == args.ablate:
+        parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
+    rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
+    if args.json and args.bench:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
 
