@@ -13,8 +13,8 @@ Contents:  1 helpers   2 scan and bridge to attention   3 multi-step kernels   4
 """
 
 import argparse
-import ast
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -1966,42 +1966,34 @@ def test_command_errors(home, text, message, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. A debugger can stop inside: at the weight moves and inside the Triton kernel.
+# 13. A debugger can stop inside: at the weight moves, in VERIFY and inside the Triton kernel.
 # ---------------------------------------------------------------------------------------------
 
-SESSION = """
-import torch, mamba_in_llama as M
-from transformers import LlamaConfig, AutoModelForCausalLM
-teacher = AutoModelForCausalLM.from_config(LlamaConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1))
-student = M.convert_to_hybrid(teacher, [])
-cache = M.MixerCache.allocate(student, 1, ring=2)
-student.decode(torch.tensor([[3, 4]]), cache)
-"""
 
-
-def last_line_of(name):
-    """Line of the last statement of a function of mamba_in_llama.py."""
-    with open(os.path.join(HERE, "mamba_in_llama.py")) as file:
-        tree = ast.parse(file.read())
-    found, = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
-    return found.body[-1].lineno
+def readme_block(beginning):
+    """The fenced block of README.md that begins so, without its fence."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        found, = (b for b in re.findall(r"```\w*\n(.*?)```", file.read(), re.S)
+                  if b.startswith(beginning))
+    return found
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter is for CPUs")
-def test_pdb_stops_in_weight_moves_and_in_the_kernel(tmp_path):
-    path = os.path.join(HERE, "mamba_in_llama.py")
-    (tmp_path / "session.py").write_text(SESSION)
-    commands = [f"tbreak {path}:{last_line_of('copy_attention')}",
-                f"tbreak {path}:{last_line_of('mamba2_kernel')}", "c",
-                "p 'projection', tuple(attention.v_proj.weight.shape)", "c",
-                "p 'kernel sees', state.shape, N", "q"]
+def test_pdb_tour_of_the_readme(tmp_path):
+    """The README's session, typed into pdb: weight moves, VERIFY, inside the Triton kernel."""
+    (tmp_path / "session.py").write_text(readme_block("import torch, mamba_in_llama as M"))
+    with open(os.path.join(HERE, "mamba_in_llama.py")) as file:
+        text = file.read()
+    assert text.count("# 2. new tokens among themselves") == 1
+    line = 2 + text[:text.index("# 2. new tokens among themselves")].count("\n")
+    typed = [v.split("  #")[0] for v in readme_block("n  ").splitlines()]
+    typed = "\n".join(typed).replace("LINE", f"{os.path.join(HERE, 'mamba_in_llama.py')}:{line}")
     done = subprocess.run([sys.executable, "-m", "pdb", "session.py"], cwd=tmp_path, text=True,
-                          input="\n".join(commands) + "\n", capture_output=True, timeout=120,
+                          input=typed + "\n", capture_output=True, timeout=120,
                           env=clean_environment(TRITON_INTERPRET="1", PYTHONPATH=HERE))
-    assert "('projection', (16, 32))" in done.stdout, done.stdout + done.stderr
-    assert re.search(r"'kernel sees', .*16", done.stdout), done.stdout + done.stderr
+    for seen in (r"'C': slice\(64, 96, None\)", r"\(tensor\(\[\d+\]\), tensor\(\[",
+                 r"-> scores \*= ", r"\(1, 16, 16\)"):
+        assert re.search(seen, done.stdout), done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2059,16 +2051,16 @@ def bench(length=2048):
 # A run is a tuple of steps: where attention stays (with the recipe's fields that differ), then
 # stages (name, share of the budget). Every run is made once per seed and kept in ./ablate_run;
 # a run that goes on from another one starts from that one's student.
-SIZE = dict(teacher_steps=300, answers=4000, steps=160, batch=8, length=128, rows=96, layers=8)
-SMALLEST = dict(teacher_steps=2, answers=16, steps=4, batch=2, length=48, rows=4, layers=8)
+SIZE = dict(layers=8, width=64, teacher_steps=400, answers=1024, steps=120, batch=8, length=96,
+            rows=48)
+SMALLEST = dict(layers=8, width=64, teacher_steps=2, answers=8, steps=4, batch=2, length=48, rows=4)
 HALF, QUARTER, EIGHTH, NONE = (1, 3, 5, 7), (3, 7), (7,), ()
 MIXERS_ONLY, ALL, SFT, DPO = ("stage 1", 1.0), ("everything", 1.0), ("SFT", 0.5), ("DPO", 0.25)
 ALIGNED = ("alignment", 0.4), ("stage 1", 0.6)              # the same number of steps in all
-RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 2e-4}
+RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 5e-4}
 METRICS = {"ratio": "perplexity ratio on the teacher's held-out answers, lower is better",
            "human_ratio": "perplexity ratio on held-out text that people wrote, lower is better",
-           "preference": "share of held-out answers likelier than another question's, higher is "
-                         "better"}
+           "preference": "XX"}
 
 
 def run_of(layers, *stages, **fields):
@@ -2148,7 +2140,8 @@ def ablation_world(folder, size):
     """The one teacher of all runs and its data, made once and kept in `folder`.
 
     Answers are sampled at temperature 1, so that no student can beat the teacher's perplexity on
-    them but by luck. A preference is the right rest of a paragraph against another one's.
+    them but by luck. Of a pair of preferences a person wrote one answer, the teacher the other one
+    (at temperature 0.6).
 
     -> teacher, {"train", "heldout", "sft", "human", "chosen", "rejected", "right", "wrong"}
     """
@@ -2161,24 +2154,25 @@ def ablation_world(folder, size):
         seen, human = [[chat.pair(*p) for i, p in enumerate(pairs) if (i % 10 == 0) == held]
                        for held in (False, True)]
         teacher = M.tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]),
-                                 size["teacher_steps"], layers=size["layers"])
+                                 size["teacher_steps"], layers=size["layers"], width=size["width"])
 
-        def answers(asked, seed):
-            return chat.pack(zip(asked, M.sample(teacher, asked, length - 32, chat.end, 512, 1.0, 0,
-                                                 seed)), length)
+        def answers(asked, seed, temperature=1.0):
+            return M.sample(teacher, asked, length - 32, chat.end, 512, temperature, 0, seed)
 
-        def preferences(pairs):
+        def preferences(pairs, seed):
             """Both answers cut to the same number of tokens."""
-            other = [a for _, a in pairs[1:] + pairs[:1]]
-            cut = [min(len(a), len(b)) - 1 for (_, a), b in zip(pairs, other)]
+            wrong = answers([p for p, _ in pairs], seed, 0.6)
+            cut = [min(len(a), len(b)) - 1 for (_, a), b in zip(pairs, wrong)]
             return [chat.pack([(p, v[:n]) for (p, _), v, n in zip(pairs, side, cut)], length)
-                    for side in ([a for _, a in pairs], other)]
+                    for side in ([a for _, a in pairs], wrong)]
 
-        questions = [p for p, _ in seen]
-        (chosen, rejected), (right, wrong) = preferences(seen), preferences(human)
+        asked, held = ([p for p, _ in pairs] for pairs in (seen[:size["answers"]],
+                                                           human[:size["rows"]]))
+        chosen, rejected = preferences(seen[:size["answers"] // 2], 2)
+        right, wrong = preferences(human, 3)
         torch.save(dict(
-            train=answers((questions * 9)[:size["answers"]], 0),
-            heldout=answers([p for p, _ in human][:size["rows"]], 1), sft=chat.pack(seen, length),
+            train=chat.pack(zip(asked, answers(asked, 0)), length), sft=chat.pack(seen, length),
+            heldout=chat.pack(zip(held, answers(held, 1)), length),
             human=chat.pack(human[:size["rows"]], length), chosen=chosen, rejected=rejected,
             right=right, wrong=wrong, config=teacher.config.to_dict(),
             teacher=teacher.state_dict()), file)
@@ -2228,7 +2222,7 @@ def ablation_run(run, seed, folder, size):
         right, wrong = (M.preference_logps(student, *data[side]) for side in ("right", "wrong"))
     result.update(human_ratio=human["ratio"], preference=(right > wrong).float().mean().item(),
                   curves=curves, seconds=time.monotonic() - start)
-    kept = student if run in PARENTS.values() else None
+    kept = student if run in PARENTS.values() or run == OURS else None
     torch.save({"result": result, "student": kept}, file_of(run, seed, folder))
     return result
 
@@ -2355,6 +2349,134 @@ def print_ablations(tables, rows):
             print(verdict(mine, table.metric, table.paper == "MT-bench"))
 
 
+COLOURS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00", sky="#56B4E9",
+               pink="#CC79A7", grey="#CCCCCC")              # Okabe and Ito: colour-blind safe
+
+
+def picture(path, draw, width=9, height=5, columns=1):
+    """Let `draw` fill axes whose letters stay legible at half the width, and save. (matplotlib)"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with plt.rc_context({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
+                         "lines.linewidth": 2.5, "lines.markersize": 9}):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height))
+        draw(axes)
+        figure.tight_layout()
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+    print("drew", path)
+
+
+def draw_weights(axis):
+    """Which weight goes where; heights are rows, of 4 query heads to 2 key/value heads."""
+    def block(x, y, height, name, colour):
+        axis.bar(x, height, 1.6, y, color=COLOURS[colour], edgecolor="white", linewidth=2)
+        axis.text(x, y + height / 2, name, ha="center", va="center")
+        return y + height / 2
+
+    def arrow(y, z):
+        axis.annotate("", (4.1, z), (0.9, y), arrowprops=dict(arrowstyle="-|>", lw=2.5))
+
+    y, z = 1.5, 0.0
+    for name, new, height, colour in (("$W_Q$", "C", 4, "sky"), ("$W_K$", "B", 2, "green"),
+                                      ("$W_V$", "x", 2, "orange")):
+        z = z + (0.9 if new == "C" else 0)
+        arrow(block(0, y, height, name, colour), block(5, z, height, new, colour))
+        y, z = y + height + 0.7, z + height
+    block(5, 0, 0.9, "$\\Delta$", "grey")
+    block(5, z, 4, "gate z", "grey")
+    arrow(block(0, -4.8, 4, "$W_O$", "pink"), block(5, -5.3, 4, "out", "pink"))
+    axis.text(0, y + 0.3, "attention", ha="center", weight="bold")
+    axis.text(5, z + 4.4, "mixer: in_proj", ha="center", weight="bold")
+    axis.text(5, -1.0, "out_proj", ha="center", weight="bold")
+    axis.text(9.2, z + 4.4, "new (grey): how it starts", ha="center", weight="bold")
+    for i, (name, how) in enumerate((
+            ("gate z", "weights 0, bias so that silu(z) = 1"),
+            ("conv1d", "1 for this token, 0 before"),
+            ("$\\Delta$", "bias in 0.001 .. 0.1"), ("A", "in $-$16 .. $-$1"), ("skip D", "0"))):
+        block(7.2, z + 2.2 - 2.2 * i, 1.6, name, "grey")
+        axis.text(8.2, z + 3 - 2.2 * i, how, va="center", size=14)
+    axis.set(xlim=(-1.2, 13), ylim=(-5.6, z + 5.4))
+    axis.axis("off")
+
+
+def draw_shares(axis, rows):
+    """Table 6 left: perplexity ratio against the share of attention that stays."""
+    ours = [r for r in rows if r["table"] == "6 left"]
+    x, values = [50, 25, 12.5, 0], [r["ratio"] for r in ours]
+    axis.errorbar(x, [numpy.mean(v) for v in values], [numpy.std(v) for v in values], capsize=6,
+                  marker="o", color=COLOURS["blue"],
+                  label=f"ours: toy teacher, {len(values[0])} seeds")
+    axis.plot([50, 25, 6.25, 0], [r["paper"] for r in ours], "s--", color=COLOURS["red"],
+              label="paper: Zephyr 7B")
+    axis.axhline(1, color="black", lw=1)
+    axis.set(xlabel="attention layers that stay, %", ylabel="perplexity, student / teacher",
+             xlim=(53, -3))
+    axis.legend()
+
+
+def draw_curves(axes, rows):
+    """Losses of the stages over their steps, mean of ten steps and of the seeds."""
+    named = {(r["table"], r["row"]): r["curves"] for r in rows}
+    aligned, plain = named["ours", "near_linear"], named["6 left", "50 %"]
+    later = named["6 right", "50 %, + SFT + DPO"]
+    panels = (("alignment", "|mixer - attention|² / |attention|²", [("", aligned)]),
+              ("stage 1", "Eq. 2, nats per token", [("aligned first", aligned),
+                                                    ("not aligned", plain)]),
+              ("SFT", "cross-entropy, nats per token", [("", named["6 right", "50 %, + SFT"])]),
+              ("DPO", "Eq. 4", [("", later)]))
+    for axis, (stage, unit, lines) in zip(axes, panels):
+        for (label, curves), colour, style in zip(lines, ("blue", "red"), ("-", "--")):
+            curve = numpy.mean([c[stage] for c in curves], 0)
+            n = max(1, len(curve) // 12)
+            curve = curve[:len(curve) // n * n].reshape(-1, n).mean(-1)
+            axis.plot(n * (0.5 + numpy.arange(len(curve))), curve, style, label=label,
+                      color=COLOURS[colour])
+        axis.set(title={"SFT": "stage 2: SFT", "DPO": "stage 3: DPO"}.get(stage, stage),
+                 xlabel="step", ylabel=unit)
+        if len(lines) > 1:
+            axis.legend()
+
+
+def draw_trace(axis, folder, size, n_rounds=12, K=4):
+    """Algorithm 2 round by round: a 25 % hybrid drafts for an aligned 50 % hybrid."""
+    _, data = ablation_world(folder, size)
+    tokenizer, rounds = M.tiny_world()[0], []
+    target, draft = (torch.load(file_of(run, 0, folder), weights_only=False)["student"].eval()
+                     for run in (OURS, BASE["25 %"]))
+    length = int((data["human"][1][0] == -100).logical_not().int().argmax())
+    S.speculative_decode(target, draft, data["human"][0][:1, :length], n_rounds * (K + 1), K,
+                         on_round=lambda rows, proposal, n, token: rounds.append(
+                             (proposal.tokens[0].tolist(), int(n[0]), int(token[0]))))
+    rounds = rounds[:n_rounds]
+    for i, (drafted, n, token) in enumerate(rounds):
+        cells = [(v, "sky" if j < n else "grey") for j, v in enumerate(drafted)]
+        for j, (word, colour) in enumerate([*cells, (token, "orange")]):
+            x = j if j < K else K + 0.3
+            axis.bar(x, 0.86, 0.94, i - 0.43, color=COLOURS[colour])
+            text = repr(tokenizer.decode([word]))[1:-1].replace("$", "\\$").replace(" ", "␣")
+            axis.text(x, i, text, ha="center", va="center", size=13)
+        axis.text(K + 1.0, i, f"{n} + 1", va="center", size=14)
+    axis.set(xlim=(-0.6, K + 1.8), ylim=(len(rounds) - 0.4, -1.6), ylabel="round",
+             yticks=range(0, len(rounds), 2), yticklabels=range(1, len(rounds) + 1, 2),
+             xticks=[*range(K), K + 0.3], xticklabels=[*(f"draft {j + 1}" for j in range(K)),
+                                                       "target"])
+    for x, name, colour in ((-0.4, "stands", "sky"), (1.1, "rejected", "grey"),
+                            (2.8, "the target's own", "orange")):
+        axis.text(x, -1.0, name, va="center", bbox=dict(fc=COLOURS[colour], ec="none"))
+
+
+def plot_ablations(rows, folder, size, out):
+    """The README's pictures, from a sweep over all tables."""
+    os.makedirs(out, exist_ok=True)
+    at = functools.partial(os.path.join, out)
+    picture(at("weights.png"), draw_weights, 12, 6.5)
+    picture(at("attention_share.png"), lambda axis: draw_shares(axis, rows))
+    picture(at("curves.png"), lambda axes: draw_curves(axes, rows), 18, 4.8, columns=4)
+    picture(at("speculation.png"), lambda axis: draw_trace(axis, folder, size), 9, 6.5)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
@@ -2363,11 +2485,16 @@ def main(argv=None):
                         "size, our own switches; resumes from ./ablate_run")
     parser.add_argument("--only", metavar="TABLE", default="", help="of --ablate: 6, '7 left', ...")
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
+    parser.add_argument("--plot", metavar="DIR", help="of --ablate: the README's pictures")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
     if args.bench == args.ablate:
         parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
+    if args.plot and (args.bench or args.only):
+        parser.error("--plot goes with --ablate and needs all of its tables")
     rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
+    if args.plot:
+        plot_ablations(rows, "ablate_run", SIZE, args.plot)
     if args.json and args.bench:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
