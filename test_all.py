@@ -1,6 +1,7 @@
 """All tests of the project, on a CPU and without a network: python -m pytest test_all.py
 
     python test_all.py --bench          # training forms of both mixers against a loop over tokens
+    python test_all.py --ablate         # the paper's Tables 6 to 9 at toy size, and our switches
 
 Models have 2 to 4 layers of width 64 and mostly compute in float64, where two correct ways to the
 same number agree to 1e-9 and a wrong one does not. The Triton kernels run in Triton's interpreter
@@ -8,8 +9,8 @@ same number agree to 1e-9 and a wrong one does not. The Triton kernels run in Tr
 
 Contents:  1 helpers   2 scan and bridge to attention   3 multi-step kernels   4 decoding, padding
            5 conversion   6 losses   7 evaluation   8 training, kill and resume   9 saving and
-           generate()   10 errors   11 the command line   12 Algorithm 2   13 debugger
-           14 --bench
+           generate()   10 errors   11 the command line   12 Algorithm 2   13 debugger,
+           README   14 --bench   15 --ablate, pictures
 """
 
 import argparse
@@ -1996,6 +1997,82 @@ def test_pdb_tour_of_the_readme(tmp_path):
         assert re.search(seen, done.stdout), done.stdout + done.stderr
 
 
+# ---- the README's other promises -------------------------------------------------------------
+
+
+def readme_commands():
+    """Every `python ...` line in the README's bash blocks, comments and continuations resolved."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", file.read(), re.S))
+    return [shlex.split(line, comments=True)[1:] for line in
+            blocks.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_readme_commands_parse(words, tmp_path, monkeypatch):
+    """The tests of sections 11, 12 and 15 run each kind of command; here every flag is known."""
+    monkeypatch.chdir(tmp_path)
+    program, argv = words[0], words[1:]
+    if program == "-m":
+        assert argv == ["pytest", "test_all.py"]
+    else:
+        {"mamba_in_llama.py": M.parse_args, "spec_decode.py": S.parse_args,
+         "test_all.py": parse_args}[program](argv)
+
+
+def test_readme_exercises_fit_the_files():
+    """What an exercise replaces stands exactly once in its file."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        edits = re.findall(r"In `(\w+\.py)` replace `([^`]+)` by `([^`]+)`", file.read())
+    assert len(edits) >= 5
+    for name, old, new in edits:
+        with open(os.path.join(HERE, name)) as file:
+            text = file.read()
+        assert text.count(old) == 1 and new not in (old, ""), (name, old)
+
+
+def test_ablations(tmp_path, capsys):
+    """Table 9 and what stage 2 and 3 add, at the smallest size; a second call computes nothing."""
+    runs = [BASE["50 %"], BASE["50 %"] + (SFT,), BASE["50 %"] + (SFT, DPO), OURS,
+            stepwise(HALF, QUARTER), (("remove", HALF, ()), ALL)]
+    ablation_world(tmp_path, SMALLEST)
+    results = [ablation_run(run, 0, tmp_path, SMALLEST) for run in runs]
+    assert all(r["ratio"] > 0 and 0 <= r["preference"] <= 1 for r in results)
+    assert [list(r["curves"]) for r in results] == [
+        ["stage 1"], ["SFT"], ["DPO"], ["alignment", "stage 1"], ["stage 1"], ["everything"]]
+    rows = ablate("9", 1, tmp_path, SMALLEST, tmp_path / "f.json")
+    printed = capsys.readouterr().out
+    assert "2 runs, 2 of them done before" in printed and re.search(r"order: \d of 1", printed)
+    assert [row["ratio"][0] for row in rows] == [results[0]["ratio"], results[-1]["ratio"]]
+    assert json.loads((tmp_path / "f.json").read_text())["rows"] == rows
+
+
+def test_ablation_sweep_runs_parents_first(tmp_path):
+    results, run = {}, BASE["50 %"] + (DPO,)
+    ablation_world(tmp_path, SMALLEST)
+    sweep([(0, run), (0, BASE["50 %"])], results, tmp_path, SMALLEST, lambda: None)
+    assert list(results) == [(0, BASE["50 %"]), (0, run)]
+
+
+def test_verdict_counts_pairs_on_which_all_seeds_agree():
+    rows = [dict(row="a", paper=1.0, ratio=[1.0, 1.1]), dict(row="b", paper=2.0, ratio=[1.2, 1.3]),
+            dict(row="c", paper=3.0, ratio=[0.9, 1.0]), dict(row="d", paper=4.0, ratio=[1.1, 1.4])]
+    line = verdict(rows, "ratio", paper_wants_high=False)
+    assert line == ("order: 3 of 6 pairs as in the paper, 1 undecided between seeds; the other way "
+                    "round: c beats a, c beats b")
+
+
+def test_pictures_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    for run in (OURS, BASE["25 %"]):
+        ablation_run(run, 0, tmp_path, SMALLEST)
+    curves = [{kind: [2.0, 1.0, 0.5] for kind in RATES}]
+    rows = [dict(table=key, row=label, paper=figure, ratio=[1.1], curves=curves)
+            for key, table in TABLES.items() for label, _, figure in table.rows]
+    plot_ablations(rows, tmp_path, SMALLEST, tmp_path / "assets")
+    assert len(list((tmp_path / "assets").glob("*.png"))) == 4
+
+
 # ---------------------------------------------------------------------------------------------
 # 14. --bench: training forms against a loop over tokens, at one layer of SmolLM2-135M.
 # ---------------------------------------------------------------------------------------------
@@ -2477,7 +2554,7 @@ def plot_ablations(rows, folder, size, out):
     picture(at("speculation.png"), lambda axis: draw_trace(axis, folder, size), 9, 6.5)
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
     parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (2048)")
@@ -2492,6 +2569,11 @@ def main(argv=None):
         parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
     if args.plot and (args.bench or args.only):
         parser.error("--plot goes with --ablate and needs all of its tables")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
     if args.plot:
         plot_ablations(rows, "ablate_run", SIZE, args.plot)
