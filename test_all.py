@@ -2137,7 +2137,8 @@ ALIGNED = ("alignment", 0.4), ("stage 1", 0.6)              # the same number of
 RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 5e-4}
 METRICS = {"ratio": "perplexity ratio on the teacher's held-out answers, lower is better",
            "human_ratio": "perplexity ratio on held-out text that people wrote, lower is better",
-           "preference": "XX"}
+           "preference": "share of held-out pairs whose human answer is the likelier one, higher is "
+                         "better"}
 
 
 def run_of(layers, *stages, **fields):
@@ -2381,7 +2382,7 @@ def ablation_rows(tables, results):
             done = [r for (_, other), r in sorted(results.items(), key=lambda kv: kv[0][0])
                     if other == run]
             rows.append({"table": key, "row": label, "paper": figure, "curves": [
-                r["curves"] for r in done], **{m: [r[m] for r in done] for m in (
+                {k: [round(v, 4) for v in c] for k, c in r["curves"].items()} for r in done], **{m: [r[m] for r in done] for m in (
                     "ratio", "human_ratio", "kl", "agreement", "preference", "seconds")}})
     return rows
 
@@ -2471,7 +2472,7 @@ def draw_weights(axis):
     for i, (name, how) in enumerate((
             ("gate z", "weights 0, bias so that silu(z) = 1"),
             ("conv1d", "1 for this token, 0 before"),
-            ("$\\Delta$", "bias in 0.001 .. 0.1"), ("A", "in $-$16 .. $-$1"), ("skip D", "0"))):
+            ("$\\Delta$", "0.001 .. 0.1, by its bias"), ("A", "in $-$16 .. $-$1"), ("skip D", "0"))):
         block(7.2, z + 2.2 - 2.2 * i, 1.6, name, "grey")
         axis.text(8.2, z + 3 - 2.2 * i, how, va="center", size=14)
     axis.set(xlim=(-1.2, 13), ylim=(-5.6, z + 5.4))
