@@ -2137,8 +2137,8 @@ ALIGNED = ("alignment", 0.4), ("stage 1", 0.6)              # the same number of
 RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 5e-4}
 METRICS = {"ratio": "perplexity ratio on the teacher's held-out answers, lower is better",
            "human_ratio": "perplexity ratio on held-out text that people wrote, lower is better",
-           "preference": "share of held-out pairs whose human answer is the likelier one, higher is "
-                         "better"}
+           "preference": "share of held-out pairs where people's answer is the likelier one, "
+                         "higher is better"}
 
 
 def run_of(layers, *stages, **fields):
@@ -2381,9 +2381,10 @@ def ablation_rows(tables, results):
         for label, run, figure in table.rows:
             done = [r for (_, other), r in sorted(results.items(), key=lambda kv: kv[0][0])
                     if other == run]
-            rows.append({"table": key, "row": label, "paper": figure, "curves": [
-                {k: [round(v, 4) for v in c] for k, c in r["curves"].items()} for r in done], **{m: [r[m] for r in done] for m in (
-                    "ratio", "human_ratio", "kl", "agreement", "preference", "seconds")}})
+            curves = [{k: [round(v, 4) for v in c] for k, c in r["curves"].items()} for r in done]
+            rows.append({"table": key, "row": label, "paper": figure, "curves": curves} | {
+                m: [r[m] for r in done] for m in ("ratio", "human_ratio", "kl", "agreement",
+                                                  "preference", "seconds")})
     return rows
 
 
@@ -2431,14 +2432,14 @@ COLOURS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00",
                pink="#CC79A7", grey="#CCCCCC")              # Okabe and Ito: colour-blind safe
 
 
-def picture(path, draw, width=9, height=5, columns=1):
+def picture(path, draw, width=9, height=5, panels=1):
     """Let `draw` fill axes whose letters stay legible at half the width, and save. (matplotlib)"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     with plt.rc_context({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
                          "lines.linewidth": 2.5, "lines.markersize": 9}):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height))
+        figure, axes = plt.subplots(panels, panels, figsize=(width, height))
         draw(axes)
         figure.tight_layout()
         figure.savefig(path, dpi=100)
@@ -2472,7 +2473,8 @@ def draw_weights(axis):
     for i, (name, how) in enumerate((
             ("gate z", "weights 0, bias so that silu(z) = 1"),
             ("conv1d", "1 for this token, 0 before"),
-            ("$\\Delta$", "0.001 .. 0.1, by its bias"), ("A", "in $-$16 .. $-$1"), ("skip D", "0"))):
+            ("$\\Delta$", "0.001 .. 0.1, by its bias"), ("A", "in $-$16 .. $-$1"),
+            ("skip D", "0"))):
         block(7.2, z + 2.2 - 2.2 * i, 1.6, name, "grey")
         axis.text(8.2, z + 3 - 2.2 * i, how, va="center", size=14)
     axis.set(xlim=(-1.2, 13), ylim=(-5.6, z + 5.4))
@@ -2551,7 +2553,7 @@ def plot_ablations(rows, folder, size, out):
     at = functools.partial(os.path.join, out)
     picture(at("weights.png"), draw_weights, 12, 6.5)
     picture(at("attention_share.png"), lambda axis: draw_shares(axis, rows))
-    picture(at("curves.png"), lambda axes: draw_curves(axes, rows), 18, 4.8, columns=4)
+    picture(at("curves.png"), lambda axes: draw_curves(axes.flat, rows), 12, 9, panels=2)
     picture(at("speculation.png"), lambda axis: draw_trace(axis, folder, size), 9, 6.5)
 
 
