@@ -1907,16 +1907,16 @@ def tiny_world():
     return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02):
+def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
     """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
     """
     from transformers import LlamaConfig
     teacher = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
     matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
