@@ -32,6 +32,8 @@ Not here: drafts, Algorithm 2, timing, the authors' checkpoints (spec_decode.py)
 """
 
 import argparse
+import copy
+import datetime
 import json
 import math
 import os
@@ -45,6 +47,7 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -850,7 +853,8 @@ def hidden_states(model, tokens, attention_mask=None, **kwargs):
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs.update(attention_mask=attention_mask, token_mask=attention_mask.bool(),
                       position_ids=position_ids)
-    return model.model(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+    trunk = getattr(model, "trunk", model.model)    # `shard` (section 9) wraps it
+    return trunk(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
 
 
 @torch.no_grad()
@@ -1432,12 +1436,12 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     modes = [(m, m.training) for m in (student, teacher)]
     for m, _ in modes:
         m.eval()
-    heads = [m.get_output_embeddings().weight for m, _ in modes]
     for i in range(0, len(tokens), batch_size):
         part = labels[i:i + batch_size]
         with autocast(device):
             keep, batch = part[:, 1:] != -100, tokens[i:i + batch_size].to(device)
             both = [hidden_states(m, batch)[:, :-1][keep.to(device)] for m, _ in modes]
+            heads = [m.get_output_embeddings().weight for m, _ in modes]
             targets = part[:, 1:][keep].to(device)
             for *h, y in zip(*(v.split(1024) for v in (*both, targets))):
                 s, t = (x @ head.T for x, head in zip(h, heads))
@@ -1459,12 +1463,98 @@ def autocast(device):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. Training: one loop for alignment and the three stages.
+# 9. Training: one loop for alignment and the three stages, on one device or sharded over many.
 # ---------------------------------------------------------------------------------------------
 
 
+def world():
+    """(rank of this process, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shard(model):
+    """Many GPUs: torch's own FSDP2 around `model`, in place; without torchrun nothing happens.
+
+    Each of N processes holds 1/N of every tensor (weights, gradients, AdamW's moments). A layer's
+    whole weights exist while it runs, gathered just before. A mixer is a unit of its own, since
+    alignment calls it outside of its layer; embedding, norm and head are the root's and stay whole
+    from the forward to the end of the backward pass, as the loss reads the head. Every process
+    takes its rows of a batch (`my_rows`) and divides by what the *whole* batch labels, so that N
+    changes nothing but rounding. Not sharded: sampling pseudo-labels, which rank 0 does alone.
+    """
+    if world()[1] > 1:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        for layer in model.model.layers:
+            if isinstance(layer.self_attn, Mixer):
+                fully_shard(layer.self_attn)
+            fully_shard(layer)
+        fully_shard(model)
+        model.trunk = lambda **inputs: model.model(**inputs)    # what `hidden_states` calls
+        register_fsdp_forward_method(model, "trunk")
+        with torch.no_grad():                       # FSDP wants the first call to be the root's
+            hidden_states(model, torch.zeros(1, 1, dtype=torch.long))
+    return model
+
+
+def my_rows(rows, labels=None):
+    """This process's part of a batch's rows, and the factor of its mean loss.
+
+    The mean over the processes of factor x (mean over my labels) is the batch's mean.
+    """
+    rank, N = world()
+    mine = rows[rank::N]
+    if labels is None or N == 1:
+        return mine, 1.0
+    mine_n, n = (max(1, int((labels[r, 1:] != -100).sum())) for r in (mine, rows))
+    return mine, N * mine_n / n
+
+
+def mean_of_processes(values):
+    """The mean over the processes of a tensor without gradient; itself where there is one."""
+    if world()[1] > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world()[1]
+    return values
+
+
+def largest(value):
+    """The largest of the processes' numbers: what all of them then act upon, clocks included."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return max(values)
+
+
+def whole_state(student, optimizer=None):
+    """State dicts of the unsharded student and optimizer: on rank 0's CPU, elsewhere empty."""
+    from torch.distributed.checkpoint import state_dict as dcp  # seconds to import
+    if world()[1] > 1:
+        student.reshard()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return (dcp.get_model_state_dict(student, options=options), optimizer and
+            dcp.get_optimizer_state_dict(student, optimizer, options=options))
+
+
+def load_whole_state(student, state, optimizer=None, moments=None):
+    """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N."""
+    from torch.distributed.checkpoint import state_dict as dcp
+    options = dcp.StateDictOptions(full_state_dict=True, strict=False,
+                                   broadcast_from_rank0=world()[1] > 1)
+    dcp.set_model_state_dict(student, dict(state), options=options)
+    if optimizer:
+        dcp.set_optimizer_state_dict(student, optimizer, moments, options=options)
+
+
+def write_whole(thing, path):
+    """torch.save that leaves the old file or the new one, whenever it is killed; rank 0 only."""
+    if world()[0] == 0:
+        torch.save(thing, path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+
 class Progress:
-    """Where a run stands, on disk, written atomically: a kill costs no more than `every` seconds.
+    """Where a run stands, on disk: a kill costs no more than `every` seconds.
 
     SIGTERM and Ctrl-C finish the step in progress, write, and stop with exit code 3.
     """
@@ -1472,12 +1562,12 @@ class Progress:
     def __init__(self, folder=None, every=60.0, resume=False):
         self.path = folder and os.path.join(folder, "progress.pt")
         self.every, self.written, self.stop = every, time.monotonic(), False
-        self.state = {"finished": [], "rows": []}
+        self.state = {"rows": []}
         if resume:
             require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
             try:
-                self.state = torch.load(self.path, map_location="cpu", weights_only=True)
-                require({"finished", "rows"} <= self.state.keys(), "another format")
+                self.state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+                require("rows" in self.state, "another format")
             except Exception:
                 raise ValueError(f"{self.path} is not a checkpoint of this program") from None
         if self.path:
@@ -1485,24 +1575,27 @@ class Progress:
                 signal.signal(number, lambda *_: setattr(self, "stop", True))
 
     def due(self):
-        """Is it time to write?"""
-        return bool(self.path) and (self.stop or time.monotonic() - self.written > self.every)
+        """Is it time to write, in the opinion of any process?"""
+        return bool(self.path) and largest(
+            self.stop or time.monotonic() - self.written > self.every)
 
-    def write(self, **changes):
-        """Put the state and `changes` to disk; stop the program if a signal asked for it."""
-        self.state.update(changes)
-        if self.path:
-            torch.save(self.state, self.path + ".tmp")
-            os.replace(self.path + ".tmp", self.path)
-            self.written = time.monotonic()
-        if self.stop:
+    def write(self, student, optimizer=None, **changes):
+        """Put the whole student, optimizer and `changes` to disk; stop if a signal asked for it."""
+        if not self.path:
+            return
+        student, moments = whole_state(student, optimizer)
+        self.state.update(changes, student=student, optimizer=moments)
+        write_whole(self.state, self.path)
+        self.written = time.monotonic()
+        if largest(self.stop):
             print(f"stopped; go on with --resume ({self.path})", file=sys.stderr)
             sys.exit(3)
 
 
 def progress_bar(things, name, **options):
     """tqdm with the project's settings; silent where stderr is not a terminal."""
-    return tqdm(things, desc=f"{name:<10}", leave=False, disable=not sys.stderr.isatty(), **options)
+    return tqdm(things, desc=f"{name:<10}", leave=False,
+                disable=world()[0] > 0 or not sys.stderr.isatty(), **options)
 
 
 def batch_rows(n, batch_size, step, seed=0):
@@ -1514,6 +1607,18 @@ def batch_rows(n, batch_size, step, seed=0):
     order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(
         seed * 1_000_003 + epoch)) for epoch in range(first, last + 1)])
     return order[step * batch_size - first * n:][:batch_size]
+
+
+def mixer_parameters(student):
+    """What stage 1 trains: the new mixers, nothing else."""
+    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
+
+
+def all_parameters(student):
+    """What stages 2 and 3 train."""
+    if world()[1] > 1:
+        student.reshard()                           # evaluation leaves the root's tensors whole
+    return list(student.parameters())
 
 
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
@@ -1529,16 +1634,16 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
     student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    on_cuda = parameters[0].is_cuda
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=on_cuda)
-    if progress.state.get("stage") == name:                                    # go on inside
-        optimizer.load_state_dict(progress.state["optimizer"])
-        first, history, spent = (progress.state[k] for k in ("step", "history", "spent"))
+                                  fused=True)
+    saved = progress.state
+    if saved.get("stage") == name:                                             # go on inside
+        load_whole_state(student, saved["student"], optimizer, saved["optimizer"])
+        first, history, spent = saved["step"], saved["history"], saved["spent"]
     start, losses = time.monotonic() - spent, []
     bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
     for step in bar:
-        done = step / steps if seconds is None else (time.monotonic() - start) / seconds
+        done = step / steps if seconds is None else largest(time.monotonic() - start) / seconds
         if done >= 1:
             break
         ramp = min(1.0, (done + 1 / steps) / warmup)
@@ -1549,9 +1654,10 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         losses.append(loss.detach())
+        due = progress.due()
         # on CUDA looking at the loss waits for the device, so look at ten at a time
-        if not on_cuda or step % 10 == 9 or step == steps - 1 or progress.due():
-            values = torch.stack(losses).tolist()
+        if due or not loss.is_cuda or step % 10 == 9 or step == steps - 1:
+            values = mean_of_processes(torch.stack(losses)).tolist()
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1}; "
                                          "the last good checkpoint stands")
@@ -1560,17 +1666,12 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
             rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
             bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
         optimizer.step()
-        if not losses and progress.due():
-            progress.write(stage=name, step=step + 1, history=history, student=student.state_dict(),
-                           optimizer=optimizer.state_dict(), spent=time.monotonic() - start)
+        if due:
+            progress.write(student, optimizer, stage=name, step=step + 1, history=history,
+                           spent=time.monotonic() - start)
     bar.close()
     student.requires_grad_(True)
     return history
-
-
-def mixer_parameters(student):
-    """What stage 1 trains: the new mixers, nothing else."""
-    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
 
 
 @contextmanager
@@ -1578,7 +1679,7 @@ def compiled(modules, device, steps, seconds=None):
     """torch.compile for a CUDA stage long enough to repay it (a third of the time of a step on an
     H200); plain modules again after it."""
     long = steps > 500 if seconds is None else seconds > 45
-    chosen = list(modules) if device.type == "cuda" and long else []
+    chosen = list(modules) if device.type == "cuda" and long and world()[1] == 1 else []
     for module in chosen:
         module.compile(dynamic=False)
     try:
@@ -1605,16 +1706,17 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
         return hook
 
     def loss_of_step(step):
+        rows, _ = my_rows(batch_rows(len(tokens), batch_size, step))
+        error, power = [], []
         with autocast(device):
             with torch.no_grad():
-                rows = batch_rows(len(tokens), batch_size, step)
                 hidden_states(teacher, tokens[rows].to(device))
-            loss = 0.0
             for i, mixer in mixers.items():
                 u, rope, wanted = seen[i]
                 y = mixer(u, position_embeddings=rope)[0].float()
-                loss = loss + (y - wanted).pow(2).sum() / wanted.float().pow(2).sum()
-        return loss / len(mixers)
+                error.append((y - wanted).pow(2).sum())
+                power.append(wanted.float().pow(2).sum())
+        return (torch.stack(error) / mean_of_processes(torch.stack(power))).mean()
 
     if not mixers or steps == 0:
         return []
@@ -1637,20 +1739,20 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
     tokens, labels (n,l); options: see `train` -> list of (step, loss)
     """
     device = student.get_input_embeddings().weight.device
-    heads = [m.get_output_embeddings().weight for m in (student, teacher)]
 
     def loss_of_step(step):
-        rows = batch_rows(len(tokens), batch_size, step)
+        rows, share = my_rows(batch_rows(len(tokens), batch_size, step), labels)
         batch = tokens[rows].to(device)
         with autocast(device):
             with torch.no_grad():
                 t = hidden_states(teacher, batch) if beta else None
-            return chunked_distillation_loss(hidden_states(student, batch), t, *heads,
-                                             labels[rows], alpha, beta)[0]
+            s = hidden_states(student, batch)
+            heads = [m.get_output_embeddings().weight for m in (student, teacher)]
+            return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
 
-    parameters = mixer_parameters(student) if only_mixers else list(student.parameters())
     with compiled(chain(student.model.layers, teacher.model.layers), device, steps,
                   options.get("seconds")):
+        parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
         return train(name, student, parameters, loss_of_step, steps, lr,
                      tokens_per_step=batch_size * tokens.shape[1], **options)
 
@@ -1664,20 +1766,28 @@ def preference_logps(model, tokens, labels):
     return ce.new_zeros(len(tokens)).index_add(0, rows, -ce)
 
 
+def preference_losses(student, teacher, chosen, rejected, beta=0.1):
+    """Eq. 4 with the teacher as reference, and its two rewards: `dpo_loss` of whole rows.
+
+    chosen, rejected: (tokens, labels), each (b,l) -> three times (b,)
+    """
+    with torch.no_grad():
+        reference = [preference_logps(teacher, *pair) for pair in (chosen, rejected)]
+    policy = [preference_logps(student, *pair) for pair in (chosen, rejected)]
+    return dpo_loss(*policy, *reference, beta)
+
+
 def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0.1, **options):
-    """Stage 3: Eq. 4 with the teacher as reference. chosen, rejected: (tokens, labels), (n,l)
+    """Stage 3: `preference_losses`, everything trainable. chosen, rejected: (tokens, labels), (n,l)
 
     -> list of (step, loss)
     """
     def loss_of_step(step):
-        rows = batch_rows(len(chosen[0]), batch_size, step)
-        pairs = [(tokens[rows], labels[rows]) for tokens, labels in (chosen, rejected)]
-        with torch.no_grad():
-            reference = [preference_logps(teacher, *pair) for pair in pairs]
-        policy = [preference_logps(student, *pair) for pair in pairs]
-        return dpo_loss(*policy, *reference, beta)[0].mean()
+        rows, _ = my_rows(batch_rows(len(chosen[0]), batch_size, step))
+        pairs = [[v[rows] for v in side] for side in (chosen, rejected)]
+        return preference_losses(student, teacher, *pairs, beta)[0].mean()
 
-    return train("stage 3", student, list(student.parameters()), loss_of_step, steps, lr,
+    return train("stage 3", student, all_parameters(student), loss_of_step, steps, lr,
                  tokens_per_step=2 * batch_size * chosen[0].shape[1], **options)
 
 
@@ -1686,10 +1796,9 @@ def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
     """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
     right = 0
     for i in range(0, len(chosen[0]), batch_size):
-        w, l = ([v[i:i + batch_size] for v in side] for side in (chosen, rejected))
-        margin = (preference_logps(student, *w) - preference_logps(teacher, *w)
-                  - preference_logps(student, *l) + preference_logps(teacher, *l))
-        right += int((margin > 0).sum())
+        pairs = [[v[i:i + batch_size] for v in side] for side in (chosen, rejected)]
+        _, better, worse = preference_losses(student, teacher, *pairs)
+        right += int((better > worse).sum())
     return right / max(1, len(chosen[0]))
 
 
@@ -1697,30 +1806,30 @@ def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
 # 10. Data: chat turns to (tokens, labels); the teacher's own answers; the tiny world.
 # ---------------------------------------------------------------------------------------------
 
-JSONL_ROWS = {"prompts": ({"prompt"},), "sft": ({"prompt", "response"}, {"messages"}),
-              "preferences": ({"prompt", "chosen", "rejected"},)}
+JSONL_ROWS = {"prompts": [["prompt"]], "sft": [["prompt", "response"], ["messages"]],
+              "preferences": [["prompt", "chosen", "rejected"]]}
 
 
 @dataclass
 class Data:
-    """Everything a story trains and is judged on; pairs are (tokens, labels), each (n,l)."""
+    """Everything a story trains and is judged on. Answers: tokens and labels, each (n,l); pairs:
+    the chosen and the rejected answers."""
 
     train: tuple                       # the teacher's own answers (pseudo-labels)
     heldout: tuple                     # the same, never trained on
+    pairs: list = None                 # stage 3's
+    judge: list = None                 # held-out pairs
     sft: tuple = None                  # stage 2's answers; None: the pseudo-labels again
     human: tuple = None                # held-out answers that people wrote
-    chosen: tuple = None               # stage 3; None: the teacher's answers against
-    rejected: tuple = None             # the student's own
     questions: tuple = ()              # held-out prompts (ids) to show
 
 
-def well_formed(key, value):
-    """Is this field of a JSONL row a text, or for "messages" turns with an answer at their end?"""
-    if key != "messages":
+def well_formed(value):
+    """Is this field of a JSONL row a text, or turns of a chat with an answer at their end?"""
+    if not isinstance(value, list):
         return isinstance(value, str) and value != ""
-    return isinstance(value, list) and len(value) > 1 and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str) for turn in value)
+    return len(value) > 1 and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                                  and isinstance(turn.get("content"), str) for turn in value)
 
 
 def read_jsonl(path, kind):
@@ -1734,10 +1843,10 @@ def read_jsonl(path, kind):
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
             fits = isinstance(row, dict) and any(
-                keys <= row.keys() and all(map(well_formed, keys, map(row.get, keys)))
-                for keys in JSONL_ROWS[kind])
+                all(isinstance(row.get(k), list if k == "messages" else str)
+                    and well_formed(row[k]) for k in keys) for keys in JSONL_ROWS[kind])
             require(fits, f"{path}:{number}: a row of {kind} needs " + " or ".join(
-                "{" + ", ".join(sorted(keys)) + "}" for keys in JSONL_ROWS[kind]))
+                "{" + ", ".join(keys) + "}" for keys in JSONL_ROWS[kind]))
             rows.append(row)
     require(rows, f"{path}: no rows")
     return rows
@@ -1856,20 +1965,20 @@ def sample_columns(model, cache, logits, n_new, l, end, temperature, top_k, ever
             break
 
 
-def own_preferences(student, chat, data, n, length):
-    """Pairs for stage 3 without a file: the teacher's first answers against the student's own.
+def preference_pairs(chat, tokens, labels, length):
+    """Pairs for stage 3 without a file: a row's first answer against the next row's.
 
-    -> (tokens, labels) chosen, (tokens, labels) rejected
+    So the rejected answer is well written but about the wrong topic.
+
+    tokens, labels (n,l) -> chosen (tokens, labels), rejected (tokens, labels)
     """
     prompts, answers = [], []
-    for tokens, labels in zip(*(v[:n] for v in data.train)):
-        first = int((labels != -100).nonzero()[0])
-        rest = (labels[first:] == -100).nonzero()
-        last = first + int(rest[0]) if len(rest) else len(labels)
-        prompts.append(tokens[:first].tolist())
-        answers.append(tokens[first:last].tolist())
-    own = sample(student, prompts, min(64, length), chat.end, name="own answers")
-    return chat.pack(zip(prompts, answers), length), chat.pack(zip(prompts, own), length)
+    for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
+        first = marks.index(True)
+        last = (marks + [False]).index(False, first)
+        prompts.append(row[:first])
+        answers.append(row[first:last])
+    return [chat.pack(zip(prompts, a), length) for a in (answers, answers[1:] + answers[:1])]
 
 
 def tiny_world():
@@ -1946,48 +2055,57 @@ def tiny_data(args):
         heldout=chat.pack(zip(asked, heldout), args.length), questions=asked[:2])
 
 
+def read_tokens(path):
+    """The array `tokens` of an npz file. -> (n,l)"""
+    import numpy  # comes with transformers
+    require(os.path.isfile(path), f"{path}: no such file")
+    try:
+        tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))
+    except Exception:                               # zip, pickle, key and type errors alike
+        tokens = torch.zeros(0)
+    require(tokens.ndim == 2 and tokens.numel(),
+            f"{path}: not an .npz file with an integer array `tokens` (n,l)")
+    return tokens
+
+
 def real_data(teacher, chat, args):
     """Pseudo-labels for a real teacher: --tokens-file, answers to --prompts, or all its own.
 
     Without files the teacher invents the user's turn too: it continues the chat template's
     beginning, and every answer in what it writes is labelled. The last rows are held out.
     """
+    labels = None
     if args.tokens_file:
-        import numpy  # comes with transformers
-        require(os.path.isfile(args.tokens_file), f"{args.tokens_file}: no such file")
-        try:
-            tokens = torch.from_numpy(numpy.load(args.tokens_file)["tokens"].astype("int64"))
-        except Exception:                           # zip, pickle, key and type errors alike
-            tokens = torch.zeros(0)
-        require(tokens.ndim == 2 and tokens.numel(), f"{args.tokens_file}: not an .npz file with "
-                "an integer array `tokens` (n,l)")
-        tokens = tokens[:, :args.length]
+        tokens = read_tokens(args.tokens_file)[:, :args.length]
     elif args.prompts:
         prompts = [chat.pair(r["prompt"])[0] for r in read_jsonl(args.prompts, "prompts")]
         answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
         tokens, labels = chat.pack(zip(prompts, answers), args.length)
     else:
         start = chat.user_start
-        rows = sample(teacher, [start] * args.rows, args.length - len(start), None,
-                      args.sample_batch)
-        tokens = torch.tensor([start + row for row in rows])
+        tokens = torch.tensor([start + row for row in sample(
+            teacher, [start] * args.rows, args.length - len(start), None, args.sample_batch)])
     check_vocabulary(teacher, tokens.cpu())
-    labels = labels if args.prompts and not args.tokens_file else chat.label(tokens)
+    labels = chat.label(tokens) if labels is None else labels
     n_held, useful = min(256, max(1, len(tokens) // 8)), (labels != -100).any(-1)
-    parts = [tuple(v[part][useful[part]] for v in (tokens, labels))
-             for part in (slice(-n_held), slice(-n_held, None))]
-    require(len(parts[0][0]) and len(parts[1][0]), "no answers among the pseudo-labels")
-    data = Data(*parts, questions=[chat.pair(q)[0] for q in (
+    data = Data(*(tuple(v[part][useful[part]] for v in (tokens, labels))
+                  for part in (slice(-n_held), slice(-n_held, None))))
+    require(len(data.train[0]) and len(data.heldout[0]), "no answers among the pseudo-labels")
+    data.questions = [chat.pair(q)[0] for q in (
         "What is the capital of France, and what is it known for?",
-        "Give me three tips for learning to cook.")])
+        "Give me three tips for learning to cook.")]
     if args.sft:                                    # of a conversation the last answer is learnt
-        pairs = [(r["messages"][:-1], r["messages"][-1]["content"]) if "messages" in r
-                 else (r["prompt"], r["response"]) for r in read_jsonl(args.sft, "sft")]
-        data.sft = chat.pack([chat.pair(*p) for p in pairs], args.length)
+        data.sft = chat.pack([
+            chat.pair(r["messages"][:-1], r["messages"][-1]["content"]) if "messages" in r
+            else chat.pair(r["prompt"], r["response"]) for r in read_jsonl(args.sft, "sft")],
+            args.length)
     if args.preferences:
         rows = read_jsonl(args.preferences, "preferences")
-        data.chosen, data.rejected = (chat.pack([chat.pair(r["prompt"], r[k]) for r in rows],
-                                                args.length) for k in ("chosen", "rejected"))
+        both = [chat.pack([chat.pair(r["prompt"], r[k]) for r in rows], args.length)
+                for k in ("chosen", "rejected")]
+        n_held = max(1, len(rows) // 8)
+        data.pairs, data.judge = ([[v[part] for v in side] for side in both]
+                                  for part in (slice(-n_held), slice(-n_held, None)))
     return data
 
 
@@ -2014,10 +2132,10 @@ FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "minutes": (float, None, "training budget over all stages, minutes; beats --tokens"),
     "rows": (int, 1024, "rows the teacher writes where no file is given"),
     "length": (int, 512, "tokens per row"),
-    "batch": (int, 8, "rows per step"),
+    "batch": (int, 8, "rows per step, over all GPUs"),
     "sample-batch": (int, 64, "rows sampled at a time"),
-    "pairs": (int, 64, "preference pairs made where no file is given"),
-    "eval-rows": (int, 32, "held-out rows per evaluation"),
+    "pairs": (int, 256, "preference pairs made where no file is given"),
+    "eval-rows": (int, 32, "held-out rows, and pairs, per evaluation"),
     "lr": (float, 2e-3, "learning rate of the alignment; the stages take shares of it"),
     "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
     "beta": (float, 1.0, "weight of the KL in Eq. 2"),
@@ -2035,34 +2153,37 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, (kind, default, text) in FLAGS.items():
         more = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
-        shown = "" if default is None or kind is bool else f" (default: {default:g})" if kind in (
-            int, float) else f" (default: {default})"
-        parser.add_argument(f"--{name}", help=text + shown, **more)
+        parser.add_argument(f"--{name}", **more,
+                            help=text + (f" (default: {default})" if default else ""))
     parser.error = lambda message: require(False, message)      # one line, no usage
     args = parser.parse_args(argv)
+    N = world()[1]
     require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
     require(args.mixer in ("mamba", "mamba2"), f"mixer {args.mixer!r} is neither mamba nor mamba2")
     require(args.recipe in RECIPES, f"recipe {args.recipe!r} is none of {', '.join(RECIPES)}")
-    for name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr",
-                 "sample_batch", "minutes"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
+    for name, value in vars(args).items():
+        if name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr",
+                    "sample_batch", "minutes"):
+            require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be "
+                    "above 0")
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
+        require(N == 1, "--tiny runs in one process, without torchrun")
         args.out, args.tokens, args.length, args.lr = "tiny_run", 300_000, 128, 1e-2
         shutil.rmtree(args.out, ignore_errors=True)
-    else:
-        for path, kind in ((args.prompts, "prompts"), (args.sft, "sft"),
-                           (args.preferences, "preferences")):
-            if path:
-                read_jsonl(path, kind)              # complain now, not after an hour
-        folder = os.path.dirname(args.json or "") or "."
-        require(os.path.isdir(folder), f"--json: there is no directory {folder}")
-        require(not os.path.isfile(args.out), f"--out {args.out} is a file")
-        os.makedirs(args.out, exist_ok=True)
-        require(args.resume or not os.listdir(args.out),
-                f"{args.out} is not empty; name another directory, or --resume")
+        return args
+    require(N == 1 or args.batch % (2 * N) == 0, f"--batch {args.batch} is no multiple of twice "
+            f"the {N} processes")
+    for kind in JSONL_ROWS:
+        if getattr(args, kind):
+            read_jsonl(getattr(args, kind), kind)   # complain now, not after an hour
+    folder = os.path.dirname(args.json or "") or "."
+    require(os.path.isdir(folder), f"--json: there is no directory {folder}")
+    require(not os.path.isfile(args.out), f"--out {args.out} is a file")
+    os.makedirs(args.out, exist_ok=True)
+    require(args.resume or not os.listdir(args.out),
+            f"{args.out} is not empty; name another directory, or --resume")
     return args
 
 
@@ -2088,88 +2209,84 @@ def attention_layers(share, L):
 
 
 class Story:
-    """One student from conversion to stage 3; each stage is evaluated, remembered, and skipped
-    when a resumed run finds it done."""
+    """One student from conversion to stage 3: each stage is evaluated and enters the table; a
+    resumed run skips the stages it finds there."""
 
-    def __init__(self, teacher, chat, data, args, mixer, progress, shares):
-        self.teacher, self.chat, self.data, self.args = teacher, chat, data, args
-        self.mixer, self.progress, self.shares = mixer, progress, shares
-        self.student, self.rows, self.finished = None, progress.state["rows"], progress.state[
-            "finished"]
+    def __init__(self, teacher, data, args, progress, mixer):
+        # the original, to convert from, and what training and evaluation call
+        self.original, self.teacher = teacher, shard(copy.deepcopy(teacher.cpu())
+                                                     if world()[1] > 1 else teacher)
+        self.data, self.args, self.progress, self.mixer = data, args, progress, mixer
+        self.student, self.rows = None, progress.state["rows"]
 
     def tell(self):
         """All of it. -> student, rows of the table"""
-        data, args, S, T = self.data, self.args, None, self.teacher
-        for share in self.shares:
-            S = self.convert(share)
-            self.stage("alignment", share, lambda **k: align_mixers(S, T, data.train[0], **k))
-            weights = dict(alpha=args.alpha, beta=args.beta)
-            self.stage("stage 1", share, lambda **k: distil(
-                "stage 1", S, T, *data.train, only_mixers=True, **weights, **k))
-            self.stage("stage 2", share, lambda **k: distil(
-                "stage 2", S, T, *(data.sft or data.train), **weights, **k))
-        kept, pairs = self.progress.state, (data.chosen, data.rejected)
-        if data.chosen is None:                     # made once, and kept for a resumed run
-            pairs = kept["pairs"] = kept.get("pairs") or own_preferences(
-                S, self.chat, data, args.pairs, args.length)
-        cut = max(1, len(pairs[0][0]) // 8)
-        judge, fit = ([tuple(v[part] for v in side) for side in pairs]
-                      for part in (slice(cut), slice(cut, None)))
-        if "before" not in kept:
-            kept["before"] = reward_accuracy(S, T, *judge)
-        self.stage("stage 3", share, lambda **k: dpo(S, T, *fit, beta=args.dpo_beta, **k),
-                   max(1, args.batch // 2))
-        self.rows[-1]["reward_accuracy"] = [kept["before"], reward_accuracy(S, T, *judge)]
+        shares = [self.args.attention]
+        while self.args.stepwise and shares[0] < 0.5:   # e.g. 0.5, 0.25, 0.125; 0.25 before 0
+            shares.insert(0, min(0.5, 2 * shares[0] or 0.25))
+        for share in shares:
+            title = f"{{}} at {share:.0%}" if len(shares) > 1 else "{}"
+            self.convert(share, title.format("converted"))
+            for stage in STAGES:
+                if stage != "stage 3" or share == shares[-1]:
+                    self.stage(stage, title.format(stage), 1 / len(shares))
         print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
-            *self.rows[-1]["reward_accuracy"]))
-        return S, self.rows
+            *(row["reward_accuracy"] for row in self.rows[-2:])))
+        return self.student, self.rows
 
-    def convert(self, share):
+    def convert(self, share, title):
         """The student for this share; of an earlier one (stepwise) it keeps what is distilled."""
-        start, L = time.monotonic(), len(self.teacher.model.layers)
-        keep, older = attention_layers(share, L), self.student
+        start, L = time.monotonic(), len(self.original.model.layers)
+        keep, older = attention_layers(share, L), self.student and whole_state(self.student)[0]
         print(f"{self.mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
-        self.student = convert_to_hybrid(self.teacher, keep, self.mixer, self.args.recipe,
-                                         self.args.d_state).float()
-        if older is not None:
-            ours = self.student.state_dict()
-            self.student.load_state_dict({k: v for k, v in older.state_dict().items()
-                                          if k in ours}, strict=False)
+        self.student = shard(convert_to_hybrid(self.original, keep, self.mixer, self.args.recipe,
+                                               self.args.d_state).float())
         if self.progress.state.get("share") == share:
-            self.student.load_state_dict(self.progress.state["student"])
+            older = self.progress.state["student"]
+        if older is not None:
+            load_whole_state(self.student, older)
         self.progress.state["share"] = share
-        self.report(self.title("converted", share), start)
-        return self.student
+        self.report(title, start, [])
 
-    def title(self, stage, share):
-        return stage + (f" at {share:.0%}" if len(self.shares) > 1 else "")
-
-    def stage(self, stage, share, work, batch=None):
-        """Run one stage with its part of the budget, unless it is done; then evaluate."""
-        title, start, (part, scale) = self.title(stage, share), time.monotonic(), STAGES[stage]
-        args, batch, part = self.args, batch or self.args.batch, part / len(self.shares)
-        if title not in self.finished:
-            steps = max(1, round(args.tokens * part / batch / self.data.train[0].shape[1]))
-            seconds = None if args.minutes is None else 60 * args.minutes * part
-            work(steps=steps if seconds is None else 10 ** 9, seconds=seconds, lr=args.lr * scale,
-                 batch_size=batch, progress=self.progress)
-            self.report(title, start)
-
-    def report(self, title, start):
-        """Evaluate, add a row to the table, and mark the stage as done, on disk."""
-        if title in self.finished:
+    def stage(self, stage, title, part):
+        """Run one stage with its `part` of the budget, unless it is done; then evaluate."""
+        start, data, args, S, T = (time.monotonic(), self.data, self.args, self.student,
+                                   self.teacher)
+        if any(row["stage"] == title for row in self.rows):
             return
-        row = {"stage": title, "seconds": time.monotonic() - start}
+        share, scale = STAGES[stage]
+        batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch
+        steps = max(1, round(args.tokens * part * share / batch / data.train[0].shape[1]))
+        seconds = args.minutes and 60 * args.minutes * part * share
+        budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * scale,
+                      batch_size=batch, progress=self.progress)
+        if stage == "alignment":
+            history = align_mixers(S, T, data.train[0], **budget)
+        elif stage == "stage 3":
+            history = dpo(S, T, *data.pairs, beta=args.dpo_beta, **budget)
+        else:
+            answers = data.sft if stage == "stage 2" and data.sft else data.train
+            history = distil(stage, S, T, *answers, alpha=args.alpha, beta=args.beta,
+                             only_mixers=stage == "stage 1", **budget)
+        self.report(title, start, history)
+
+    def report(self, title, start, history):
+        """Evaluate, add a row to the table, and so mark the stage as done, on disk."""
+        if any(row["stage"] == title for row in self.rows):
+            return
+        S, T, n = self.student, self.teacher, self.args.eval_rows
+        row = {"stage": title, "seconds": time.monotonic() - start, "losses": [
+            loss for _, loss in history[::len(history) // 500 + 1]]}
         for prefix, pair in (("", self.data.heldout), ("human_", self.data.human)):
             if pair:
-                tokens, labels = (v[:self.args.eval_rows] for v in pair)
-                got = evaluate(self.student, self.teacher, tokens, labels=labels)
+                got = evaluate(S, T, pair[0][:n], labels=pair[1][:n])
                 row.update({prefix + k: v for k, v in got.items()})
+        row["reward_accuracy"] = reward_accuracy(S, T, *(
+            [v[:n] for v in side] for side in self.data.judge))
         print(f"  {title:<16} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
               f"{row['agreement']:6.1%}   {row['seconds']:6.1f} s", flush=True)
         self.rows.append(row)
-        self.finished.append(title)
-        self.progress.write(stage=None, optimizer=None, student=self.student.state_dict())
+        self.progress.write(S, stage=None)
 
 
 def show_samples(student, teacher, chat, questions, n=48):
@@ -2191,6 +2308,24 @@ def save(model, chat, folder):
     chat.tokenizer.save_pretrained(folder)
 
 
+def show_and_save(student, teacher, chat, questions, folder):
+    """Samples, the saved directory, and the proof that it reloads; on rank 0, from whole models."""
+    device = student.get_input_embeddings().weight.device
+    if world()[1] > 1:
+        state, _ = whole_state(student)
+        student = HybridForCausalLM(student.config)
+        if world()[0] > 0:
+            return
+        student.load_state_dict(state)
+    student.generation_config = teacher.generation_config
+    show_samples(student.to(device), teacher.to(device), chat, questions)
+    save(student, chat, folder)
+    again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    require(all(torch.equal(v.cpu(), again[k]) for k, v in student.state_dict().items()),
+            f"{folder} does not reload to the same weights")
+    print(f"\nsaved to {folder}; AutoModelForCausalLM reloads it bit for bit")
+
+
 def print_tables(tables, times):
     """The story as one table: a line per stage, the mixers side by side."""
     print("\nperplexity ratio, student / teacher (1 = as good), on held-out answers of the teacher")
@@ -2203,47 +2338,57 @@ def print_tables(tables, times):
     print("time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
 
 
+def start_processes():
+    """Under torchrun: join the others and let rank 0 alone print. -> this process's device"""
+    cuda = torch.cuda.is_available()
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a day: the others wait while rank 0 samples the data
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        if world()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
+    return torch.device("cuda" if cuda else "cpu")
+
+
 def main(argv=None):
     """Run the command line. -> the report that --json writes"""
-    args, start = parse_args(argv), time.monotonic()
+    start, device = time.monotonic(), start_processes()
+    args, progress = parse_args(argv), None
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    progress, cached = None, os.path.join(args.out, "data.pt")
     if args.tiny:
         teacher, chat, data = tiny_data(args)
         save(teacher, chat, os.path.join(args.out, "teacher"))
     else:
-        progress = Progress(args.out, args.save_every, args.resume)
+        progress, cached = (Progress(args.out, args.save_every, args.resume),
+                            os.path.join(args.out, "data.pt"))
         teacher, chat = load_teacher(args.teacher, device)
         context = teacher.config.max_position_embeddings
         require(args.length <= context, f"--length {args.length} is longer than the teacher's "
                 f"context of {context}")
-        if not os.path.exists(cached):
-            torch.save(vars(real_data(teacher, chat, args)), cached + ".tmp")
-            os.replace(cached + ".tmp", cached)
+        largest(0)                                  # all have looked at --out by now
+        if world()[0] == 0 and not os.path.exists(cached):
+            write_whole(vars(real_data(teacher, chat, args)), cached)
+        largest(0)                                  # and now the file is there
         data = Data(**torch.load(cached))
-    shares, tables = [args.attention], {}
-    while args.stepwise and shares[0] < 0.5:        # e.g. 0.5, 0.25, 0.125; 0 comes after 0.25
-        shares.insert(0, min(0.5, 2 * shares[0] or 0.25))
-    times = {"teacher and data": time.monotonic() - start}
+    if data.pairs is None:
+        data.pairs, data.judge = (preference_pairs(chat, *(v[:n] for v in part), args.length)
+                                  for part, n in ((data.train, args.pairs),
+                                                  (data.heldout, args.eval_rows)))
+    tables, times = {}, {"teacher and data": time.monotonic() - start}
     for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
         start = time.monotonic()
         if args.tiny and mixer == "mamba":
             args.d_state = 16                       # the authors' choice; half the time here
-        student, tables[mixer] = Story(teacher, chat, data, args, mixer, progress or Progress(),
-                                       shares).tell()
-        show_samples(student, teacher, chat, data.questions)
-        folder = os.path.join(args.out, mixer) if args.tiny else args.out
-        save(student, chat, folder)
-        again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        require(all(torch.equal(v.cpu(), again[k]) for k, v in student.state_dict().items()),
-                f"{folder} does not reload to the same weights")
-        print(f"\nsaved to {folder}; AutoModelForCausalLM reloads it bit for bit")
+        student, tables[mixer] = Story(teacher, data, args, progress or Progress(), mixer).tell()
+        show_and_save(student, teacher, chat, data.questions,
+                      os.path.join(args.out, mixer) if args.tiny else args.out)
         times[mixer] = time.monotonic() - start
     print_tables(tables, times)
     result = {"tables": tables, "seconds": times, "args": vars(args), "device": str(device),
               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    if args.json:
+    if args.json and world()[0] == 0:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
     return result
@@ -2254,7 +2399,8 @@ def cli(run=main):
     try:
         run()
     except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if world()[0] == 0:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
