@@ -1469,6 +1469,7 @@ def shard(model):
         register_fsdp_forward_method(model, "trunk")
         with torch.no_grad():                       # FSDP wants the first call to be the root's
             hidden_states(model, torch.zeros(1, 1, dtype=torch.long))
+        model.reshard()
     return model
 
 
