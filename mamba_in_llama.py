@@ -54,6 +54,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -77,19 +78,15 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # 1. Configuration: the teacher's own fields, plus ours. A recipe is a row of RECIPES.
 # ---------------------------------------------------------------------------------------------
 
-RECIPES = {
+RECIPES = {                            # what differs from the defaults of HybridConfig
     # starts close to linearized attention; the default, since it distils best (README, ablations)
-    "near_linear": dict(attn_init=True, rope=True, scale_c=True, conv="identity", gate="open",
-                        norm=False, skip=0.0, decay="default"),
+    "near_linear": {},
     # the authors' start: Mamba's own defaults for everything that attention does not have
-    "paper": dict(attn_init=True, rope=False, scale_c=False, conv="default", gate="default",
-                  norm=True, skip=1.0, decay="default"),
+    "paper": dict(rope=False, scale_c=False, conv="default", gate="default", norm=True, skip=1.0),
     # Table 8's control: near_linear without the attention weights
-    "random": dict(attn_init=False, rope=True, scale_c=True, conv="identity", gate="open",
-                   norm=False, skip=0.0, decay="default"),
+    "random": dict(attn_init=False),
     # exactly linearized attention: Delta = 1, decay 1, nothing else; for the bridge test
-    "linear_attention": dict(attn_init=True, rope=True, scale_c=True, conv="none", gate="none",
-                             norm=False, skip=None, decay="none"),
+    "linear_attention": dict(conv="none", gate="none", skip=None, decay="none"),
 }
 
 
@@ -155,105 +152,114 @@ def recurrence(x, delta, A, B, C, state=None):
     return torch.stack(ys, 1), h
 
 
-def chunked_scan(x, delta, A, B, C, state=None, chunk=64):
+def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     """The same function as `recurrence`, fast: tokens are taken `chunk` at a time.
 
-    Mamba2 decays a head as a whole, so a chunk is a masked attention (matrix products) plus what
-    the carried state contributes. Mamba decays every state entry by itself, no matrix product
-    exists, and MambaScan runs the recurrence in place. Decays are exponentials of differences
-    that are never positive; nothing is divided by a decay. State and decays are at least fp32.
-
-    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
-    -> y (b,l,H,P), state
+    Nothing is divided by a decay. State and decays are at least fp32. Shapes: `recurrence`.
     """
-    b, l, H, P = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
-        state = x.new_zeros(b, H, P, B.shape[-1], dtype=wide)
-    if A.shape[-1] > 1:
-        u = delta * x                                                   # (b,l,H,P)
-        y, state = MambaScan.apply(u.to(wide), delta.to(wide), A.to(wide), B.to(wide),
-                                   C.to(wide), state.to(wide), chunk)
-        return y.to(x.dtype), state
-    chunk = min(chunk, l)
-    pad = -l % chunk                                # padded tokens have delta 0: they do nothing
-    x, delta, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, delta, B, C))
-    x, delta, B, C = (v.reshape(b, -1, chunk, *v.shape[2:]).transpose(2, 3)  # (b,c,H,chunk,.)
+        state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1], dtype=wide)
+    if A.shape[-1] == 1:
+        return mamba2_scan(x, delta, A, B, C, state, min(chunk or 64, x.shape[1]))
+    u, *rest = (v.to(wide) for v in (delta * x, delta, A, B, C, state))
+    y, state = MambaScan.apply(u, *rest, chunk or 16)
+    return y.to(x.dtype), state
+
+
+def mamba2_scan(x, delta, A, B, C, state, chunk):
+    """Mamba2 decays a head as a whole: a chunk is a masked attention plus the carried state.
+
+    Shapes: `recurrence`; c is the number of chunks.
+    """
+    wide, l = state.dtype, x.shape[1]
+    if -l % chunk:                                  # padded tokens have delta 0: they do nothing
+        x, delta, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % chunk)) for v in (x, delta, B, C))
+    x, delta, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3)       # (b,c,H,chunk,.)
                       for v in (x, delta, B, C))
-    log_decay = delta[..., 0].to(wide) * A[:, 0].to(wide)               # (b,c,H,chunk), <= 0
-    cum = log_decay.cumsum(-1)                                          # from the chunk's start
+    cum = (delta[..., 0].to(wide) * A[:, 0].to(wide)).cumsum(-1)        # log decay from the start
     u = (delta * x).to(x.dtype)                                         # (b,c,H,chunk,P)
 
     # 1. inside the chunk: attention without softmax, weighted by the decay from s to t
-    between = (cum[..., :, None] - cum[..., None, :]).clamp(max=0)      # (b,c,H,t,s)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    weights = between.masked_fill(~causal, -math.inf).exp().to(x.dtype)
-    y = (C @ B.transpose(-1, -2) * weights) @ u                         # (b,c,H,chunk,P)
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    decay = (cum[..., None] - cum[..., None, :]).masked_fill(future, -math.inf).exp()
+    y = (C @ B.mT * decay.to(x.dtype)) @ u                              # (b,c,H,chunk,P)
 
     # 2. what each chunk adds to the state, decayed to the chunk's end
-    to_end = (cum[..., -1:] - cum).clamp(max=0).exp()[..., None].to(x.dtype)
-    added = ((u * to_end).transpose(-1, -2) @ B).to(wide)               # (b,c,H,P,N)
+    to_end = (cum[..., -1:] - cum).exp()[..., None].to(x.dtype)
+    added = ((u * to_end).mT @ B).to(wide)                              # (b,c,H,P,N)
 
     # 3. the state carried from chunk to chunk
-    total = cum[..., -1].exp()[..., None, None]                         # (b,c,H,1,1)
-    starts = []
-    for c in range(added.shape[1]):
+    total, starts = cum[..., -1, None, None].exp(), []                  # (b,c,H,1,1)
+    for total_c, added_c in zip(total.unbind(1), added.unbind(1)):
         starts.append(state)
-        state = total[:, c] * state + added[:, c]
+        state = torch.addcmul(added_c, total_c, state)
     start = torch.stack(starts, 1).to(x.dtype)                          # (b,c,H,P,N)
 
     # 4. what the carried state contributes to each output
-    y = y + (C * cum.exp()[..., None].to(x.dtype)) @ start.transpose(-1, -2)
-    return y.transpose(2, 3).reshape(b, l + pad, H, P)[:, :l], state
+    y = y + (C * cum.exp()[..., None].to(x.dtype)) @ start.mT
+    return y.transpose(2, 3).flatten(1, 2)[:, :l], state
 
 
 class MambaScan(torch.autograd.Function):
-    """Mamba's scan with decays per state entry: the recurrence in place, one small state in cache.
+    """Mamba decays every state entry by itself, so no matrix product replaces the recurrence.
 
-    Autograd would keep (b,l,H,P,N) values. Here only the state at each chunk's start is kept; the
-    backward pass goes through the chunks in reverse, recomputes the states of one chunk
-    (b,chunk,H,P,N) and runs the adjoint g_t = C_t dy_t + exp(Delta_{t+1} A) g_{t+1}.
+    Autograd would keep (b,l,H,P,N) values. Here the states of one chunk exist at a time, in
+    buffers that stay in cache; operations on whole chunks leave one multiply-add per token and
+    sweep. The backward pass recomputes a chunk's states from the one at its start, then runs the
+    adjoint dh_t = C_t dy_t + exp(Delta_{t+1} A) dh_{t+1}. Inside, time comes first: (l,b,H,.).
     """
+
+    @staticmethod
+    def states(start, u, delta, A, B, decay, h):
+        """Fill decay (t,b,H,P,N) and h (t+1,b,H,P,N): h[0] the start, h[i + 1] after token i."""
+        h[0] = start
+        torch.mul(delta[..., None], A, out=decay).exp_()
+        torch.mul(u[..., None], B[..., None, :], out=h[1:])
+        for before, now, decay_t in zip(h[:-1], h[1:], decay):
+            now.addcmul_(decay_t, before)
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, state, chunk):
         """u = Delta x (b,l,H,P), the rest as in `recurrence` -> y (b,l,H,P), state"""
-        h, y, starts, decay = state.clone(), torch.empty_like(u), [], torch.empty_like(state)
-        for t in range(u.shape[1]):
-            if t % chunk == 0:
-                starts.append(h.clone())
-            torch.mul(delta[:, t, :, :, None], A, out=decay)
-            h.mul_(decay.exp_()).addcmul_(u[:, t, :, :, None], B[:, t, :, None, :])
-            torch.matmul(h, C[:, t, :, :, None], out=y[:, t, :, :, None])
-        ctx.save_for_backward(u, delta, A, B, C, *starts)
+        inputs = [v.transpose(0, 1).contiguous() for v in (u, delta, B, C)]
+        y, starts, chunk = torch.empty_like(inputs[0]), [], min(chunk, u.shape[1])
+        decays, hs = (state.new_empty(chunk + i, *state.shape) for i in (0, 1))
+        for u, delta, B, C, y_c in zip(*(v.split(chunk) for v in (*inputs, y))):
+            starts.append(state)
+            h = hs[:len(u) + 1]
+            MambaScan.states(state, u, delta, A, B, decays[:len(u)], h)
+            torch.matmul(h[1:], C[..., None], out=y_c[..., None])
+            state = h[-1].clone()
+        ctx.save_for_backward(A, *inputs, *starts)
         ctx.chunk = chunk
-        return y, h
+        return y.transpose(0, 1), state
 
     @staticmethod
     def backward(ctx, dy, g):
         """dy (b,l,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
-        u, delta, A, B, C, *starts = ctx.saved_tensors
-        g, dA, kept = g.clone(), torch.zeros_like(A), min(ctx.chunk, u.shape[1])
-        du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
-        h = u.new_empty(kept + 1, *g.shape)             # states of one chunk, h[0] its start
-        decay = u.new_empty(kept, *g.shape)
-        for c in reversed(range(len(starts))):
-            first, last = c * ctx.chunk, min((c + 1) * ctx.chunk, u.shape[1])
-            h[0] = starts[c]
-            for i, t in enumerate(range(first, last)):
-                torch.mul(delta[:, t, :, :, None], A, out=decay[i]).exp_()
-                torch.mul(h[i], decay[i], out=h[i + 1])
-                h[i + 1].addcmul_(u[:, t, :, :, None], B[:, t, :, None, :])
-            for i, t in reversed(list(enumerate(range(first, last)))):
-                g.addcmul_(dy[:, t, :, :, None], C[:, t, :, None, :])
-                torch.matmul(dy[:, t, :, None, :], h[i + 1], out=dC[:, t, :, None, :])
-                torch.matmul(g, B[:, t, :, :, None], out=du[:, t, :, :, None])
-                torch.matmul(u[:, t, :, None, :], g, out=dB[:, t, :, None, :])
-                g.mul_(decay[i])                        # now the gradient of decay_t h_{t-1}
-                dlog = g * h[i]                         # the gradient of Delta_t A
-                torch.sum(dlog * A, -1, out=ddelta[:, t])
-                dA += torch.einsum("bhp,bhpn->hpn", delta[:, t], dlog)
-        return du, ddelta, dA, dB, dC, g, None
+        A, *saved = ctx.saved_tensors
+        inputs, starts, dA = saved[:4], saved[4:], torch.zeros_like(A)
+        grads = [torch.empty_like(v) for v in inputs]
+        decays, dhs, hs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 0, 1))
+        chunks = zip(starts, *(v.split(ctx.chunk) for v in (*inputs, *grads, dy.transpose(0, 1))))
+        for start, u, delta, B, C, du, ddelta, dB, dC, dy in reversed(list(chunks)):
+            decay, dh, h = (v[:len(u) + i] for v, i in ((decays, 0), (dhs, 0), (hs, 1)))
+            MambaScan.states(start, u, delta, A, B, decay, h)
+            torch.matmul(dy[..., None, :], h[1:], out=dC[..., None, :])
+            torch.mul(dy[..., None], C[..., None, :], out=dh)
+            dh[-1] += g
+            for t in range(len(u) - 1, 0, -1):
+                dh[t - 1].addcmul_(decay[t], dh[t])
+            torch.matmul(dh, B[..., None], out=du[..., None])
+            torch.matmul(u[..., None, :], dh, out=dB[..., None, :])
+            dlog = dh.mul_(decay)                       # now of decay_t h_{t-1}
+            g = dlog[0].clone()
+            dlog.mul_(h[:-1])                           # now of Delta_t A, the log decay
+            torch.sum(torch.mul(dlog, A, out=decay), -1, out=ddelta)
+            dA += dlog.mul_(delta[..., None]).sum((0, 1))
+        return (*(v.transpose(0, 1) for v in grads[:2]), dA,
+                *(v.transpose(0, 1) for v in grads[2:]), g, None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def parallel_form(u, delta, B, C, A, state, fold):
     scores = C @ B.mT * decay
     scores = scores if T == 1 else scores.tril(R)
     y = scores @ u + cum_t.exp() * (C @ state.mT)                       # (b,H,T,P)
-    if R:
+    if R and (fold.is_cuda or fold.any()):                              # a flush is rare
         log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
         total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
         weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
@@ -667,13 +673,11 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
     first, wide = (counts[1] + counts[2])[:, None], torch.promote_types(u.dtype, torch.float32)
-    row, at = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
-    at = first + at                                                     # (b,W-1+T) positions
-    slot, t = at % slots, at[:, W - 1:] - first
-    old = ring_u[row, slot[:, :W - 1]].masked_fill((at[:, :W - 1] < 0)[..., None], 0)
-    window = torch.cat([old, u], 1).unfold(1, W, 1).to(wide)            # (b,T,c,W)
+    row, t = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
+    slot = (first + t) % slots              # (b,W-1+T); before position 0 lie slots still zero
+    window = torch.cat([ring_u[row, slot[:, :W - 1]], u], 1).unfold(1, W, 1).to(wide)   # (b,T,c,W)
     put(ring_u[..., None], (row, slot[:, W - 1:]), u[..., None],
-        None if n_valid is None else t < n_valid[:, None])
+        None if n_valid is None else t[W - 1:] < n_valid[:, None])
     out = (window * weight.to(wide)).sum(-1)
     out = out if bias is None else out + bias
     return (F.silu(out) if act else out).to(u.dtype)
@@ -748,6 +752,7 @@ class MixerCache:
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids taken in, padding included
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
+        self.visible = max_length      # columns that attention reads; known to hold all positions
         self.positions = None          # (b,T) where attention writes in the call in progress
         self.n_valid = None            # (b,) int32 real tokens per row of that call
 
@@ -893,7 +898,6 @@ def decode(model, tokens, cache, n_valid=None):
     n_new = torch.full_like(length, T) if n_valid is None else n_valid.to(torch.int32)
     steps = torch.arange(T, device=tokens.device)
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
-    cache.visible = cache.max_length
     if cache.has_attention and not tokens.is_cuda:                             # a free host read
         longest = int((length + pending + n_new).max())
         require(longest <= cache.max_length, f"{longest} tokens do not fit the {cache.max_length} "
@@ -901,10 +905,11 @@ def decode(model, tokens, cache, n_valid=None):
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
     inside = (steps < n_new[:, None]) & (positions < cache.max_length)
     cache.positions = positions.masked_fill(~inside, cache.max_length)
-    cache.n_valid = n_new
+    cache.n_valid = None if n_valid is None else n_new          # None: no row brings fewer
     cache.columns = max(cache.columns, 1)                                      # no longer empty
-    hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
-                         attention_mask=decode_masks(model, positions, cache), use_cache=True)
+    with grouped_attention(model.model.config):
+        hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
+                             attention_mask=decode_masks(model, positions, cache), use_cache=True)
     flush = length - base + pending + T > cache.ring                           # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
     cache.counts[2] += n_new
@@ -930,6 +935,37 @@ def decode_masks(model, positions, cache):
             ~mask, torch.finfo(dtype).min) for name, mask in masks.items()}
     mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return masks if mixed else masks["sliding_attention"]
+
+
+def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
+    """A few queries on a long cache: the queries of a group are rows of one product.
+
+    transformers would repeat K and V for every query head: sampling at batch 2048 took 41 ms a
+    step with that, 19 with SDPA's kernels on groups (they copy K and V), see `sample` for ours.
+
+    q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) bool -> (b,T,H,d), None
+    """
+    (b, H, T, d), G = q.shape, k.shape[1]
+    scores = (q * scaling).reshape(b, G, -1, d) @ k.mT                         # (b,G,H/G T,L)
+    scores = scores.unflatten(2, (-1, T)).masked_fill(~mask[:, :, None], -math.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = scores.softmax(-1, dtype=wide).to(v.dtype).flatten(2, 3)
+    return (p @ v).reshape(b, H, T, d).transpose(1, 2), None
+
+
+AttentionInterface.register("attend_in_groups", attend_in_groups)
+
+
+@contextmanager
+def grouped_attention(config):
+    """Within: attention layers call `attend_in_groups`, unless the user asked for "eager"."""
+    before = config._attn_implementation
+    if before != "eager":
+        config._attn_implementation = "attend_in_groups"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 # ---------------------------------------------------------------------------------------------
@@ -988,7 +1024,7 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def init_parameters(self):
         """Everything attention does not have, by the recipe's fields; projections: see Linear."""
-        config, heads = self.config, self.H
+        config, n_delta = self.config, self.dt_bias.shape[0]
         self.in_proj.bias.zero_()
         self.out_proj.bias.zero_()
         if config.gate == "open":                   # silu(1.2785) = 1: y passes as it is
@@ -1003,19 +1039,17 @@ class Mixer(nn.Module):
             self.D.fill_(config.skip)
         if config.norm:
             self.norm_weight.fill_(1)
-        n_delta = self.dt_bias.shape[0]
         if config.decay == "none":                  # Delta = 1, A = 0: linear attention
             delta = torch.ones(n_delta, dtype=torch.float64)
             self.A_log.fill_(-math.inf)
         elif config.decay == "slow":                # averages over 1 to 1000 tokens, by head
-            spread = torch.linspace(math.log(0.3), math.log(0.001), heads).exp()
-            delta = spread.repeat_interleave(n_delta // heads)
+            spread = torch.linspace(math.log(0.3), math.log(0.001), self.H).exp()
+            delta = spread.repeat_interleave(n_delta // self.H)
             self.A_log.zero_()
         else:                                       # Mamba's defaults (section 2 of the paper)
             delta = torch.empty(n_delta).uniform_(math.log(0.001), math.log(0.1)).exp()
-            n = torch.arange(1, self.N + 1.0)
-            self.A_log.copy_(n.log().expand(n_delta, -1) if self.per_channel
-                             else torch.empty(heads).uniform_(1, 16).log())
+            self.A_log.copy_(torch.arange(1, self.N + 1.0).log() if self.per_channel
+                             else torch.empty(self.H).uniform_(1, 16).log())
         self.dt_bias.copy_(delta + torch.log(-torch.expm1(-delta)))            # softplus inverse
         if config.decay != "default":               # Delta starts the same for every token
             (self.dt_proj.weight if self.per_channel else
@@ -1041,32 +1075,12 @@ class Mixer(nn.Module):
     def allocate(self, b, slots, like):
         """An empty MixerState for b rows. like: device and dtype of the activations"""
         wide = dict(like, dtype=torch.promote_types(like["dtype"], torch.float32))
-        per_head = self.N if self.per_channel else 1
-        gx = self.H if self.per_channel else self.G
+        p, gx = (self.N, self.H) if self.per_channel else (1, self.G)
         return MixerState(torch.zeros(b, self.H, self.N, self.N, **wide),
                           torch.zeros(b, slots, gx, self.N, **like),
-                          torch.zeros(b, slots, self.H, per_head, **wide),
+                          torch.zeros(b, slots, self.H, p, **wide),
                           torch.zeros(b, slots, self.G, self.N, **like),
                           torch.zeros(b, slots, self.d_convolved, **like))
-
-    def heads_of(self, proj, convolved, position_embeddings):
-        """Cut projections into heads, with RoPE and attention's scale.
-
-        proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
-        """
-        b, l, _ = proj.shape
-        if self.per_channel:
-            x, B, C = convolved, proj[..., self.rows["B"]], proj[..., self.rows["C"]]
-        else:
-            x, B, C = convolved.split([self.d_xb, self.d_xb, self.d_inner], -1)
-        B, C = (v.unflatten(-1, (-1, self.head_dim)) for v in (B, C))
-        if self.config.rope:
-            cos, sin = position_embeddings
-            B, C = apply_rope(B, cos, sin), apply_rope(C, cos, sin)
-        if self.config.scale_c:
-            C = C * self.head_dim ** -0.5
-        return (x.reshape(b, l, -1, self.N), B.reshape(b, l, -1, self.N),
-                C.reshape(b, l, -1, self.N))
 
     def conv_input(self, proj):
         """What goes through the convolution: Mamba x with heads repeated, Mamba2 x, B, C."""
@@ -1075,50 +1089,61 @@ class Mixer(nn.Module):
         x = proj[..., self.rows["x"]].unflatten(-1, (-1, self.N))
         return to_heads(x, self.H, self.runs).flatten(-2)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None,
-                past_key_values=None, token_mask=None, **kwargs):
+    def convolve(self, raw, cache):
+        """The causal depthwise convolution; while decoding its window reaches into the cache.
+
+        raw (b,l,c) -> (b,l,c)
+        """
+        if self.config.conv == "none":
+            return raw
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        act = self.config.conv == "default"
+        if cache is not None and cache.columns > 0:
+            return conv_step(raw, weight, bias, cache.layers[self.layer_idx].ring_u, cache.counts,
+                             cache.n_valid, act)
+        # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
+        past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
+        out = bias + sum(past[:, w: w + raw.shape[1]] * weight[:, w] for w in range(self.d_conv))
+        return (F.silu(out) if act else out).to(raw.dtype)
+
+    def heads_of(self, proj, convolved, position_embeddings):
+        """Cut projections into heads, with RoPE and attention's scale.
+
+        proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
+        """
+        if self.per_channel:
+            x, B, C = convolved, proj[..., self.rows["B"]], proj[..., self.rows["C"]]
+        else:
+            x, B, C = convolved.split([self.d_xb, self.d_xb, self.d_inner], -1)
+        B, C = (v.unflatten(-1, (-1, self.head_dim)) for v in (B, C))
+        if self.config.rope:
+            B, C = (apply_rope(v, *position_embeddings) for v in (B, C))
+        if self.config.scale_c:
+            C = C * self.head_dim ** -0.5
+        return (v.reshape(*proj.shape[:2], -1, self.N) for v in (x, B, C))
+
+    def forward(self, hidden_states, position_embeddings=None, past_key_values=None,
+                token_mask=None, **kwargs):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
-        cache, config = past_key_values, self.config
+        cache, config, H = past_key_values, self.config, self.H
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
         if token_mask is not None:                  # padding: nothing enters the convolution
-            proj = proj * token_mask[..., None].to(proj.dtype)
-        dt = proj[..., self.rows["dt"]]
-        dt = (self.dt_proj(dt) if self.per_channel else dt).unflatten(-1, (self.H, -1))
-        dt_bias = self.dt_bias.to(wide).view(self.H, -1)                       # (H,p')
-        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)           # (H,p',n')
-        D = self.D.to(wide).view(self.H, -1) if config.skip is not None else None
-        z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (self.H, -1))
+            proj = proj * token_mask[..., None]
         raw = self.conv_input(proj)
-        act = config.conv == "default"
+        x, B, C = self.heads_of(proj, self.convolve(raw, cache), position_embeddings)
+        dt = proj[..., self.rows["dt"]]
+        dt = (self.dt_proj(dt) if self.per_channel else dt).unflatten(-1, (H, -1))
+        dt_bias = self.dt_bias.to(wide).view(H, -1)                            # (H,p')
+        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)           # (H,p',n')
+        D = None if config.skip is None else self.D.to(wide).view(H, -1)
+        z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (H, -1))
         if cache is not None and cache.columns > 0:                            # decoding
-            layer = cache.layers[self.layer_idx]
-            convolved = raw if config.conv == "none" else conv_step(
-                raw, self.conv1d.weight[:, 0], self.conv1d.bias, layer.ring_u, cache.counts,
-                cache.n_valid, act)
-            x, B, C = self.heads_of(proj, convolved, position_embeddings)
-            y = multi_step(x, dt, B, C, A, dt_bias, D, z, layer.state, layer.ring_x,
-                           layer.ring_dt, layer.ring_B, cache.counts, cache.n_valid,
+            *state, _ = cache.layers[self.layer_idx]
+            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.n_valid,
                            cache.ring, self.runs)
         else:
-            convolved = raw
-            if config.conv != "none":
-                # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
-                past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
-                convolved = self.conv1d.bias + sum(
-                    past[:, w: w + raw.shape[1]] * self.conv1d.weight[:, 0, w]
-                    for w in range(self.d_conv))
-                convolved = (F.silu(convolved) if act else convolved).to(raw.dtype)
-            x, B, C = self.heads_of(proj, convolved, position_embeddings)
-            delta = F.softplus(dt.to(wide) + dt_bias)                          # (b,l,H,p')
-            if token_mask is not None:              # padding: no write, no decay
-                delta = delta * token_mask[..., None, None]
-            x, B = (to_heads(v, self.H, self.runs) for v in (x, B))
-            y, state = chunked_scan(x, delta, A, B, C)                         # (b,l,H,P)
-            if D is not None:
-                y = y + (D * x).to(y.dtype)
-            if z is not None:
-                y = y * F.silu(z)
+            y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask)
             if cache is not None:                                              # prefill
                 self.remember(cache, state, raw)
         y = y.flatten(-2)                                                      # (b,l,d_inner)
@@ -1127,14 +1152,25 @@ class Mixer(nn.Module):
             y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
         return self.out_proj(y.to(hidden_states.dtype)), None
 
+    def scan(self, x, dt, B, C, A, D, z, token_mask):
+        """What `multi_step` computes, for training and prefill. -> y (b,l,H,P), state"""
+        delta = F.softplus(dt)                                                 # (b,l,H,p')
+        if token_mask is not None:                  # padding: no write, no decay
+            delta = delta * token_mask[..., None, None]
+        x, B = (to_heads(v, self.H, self.runs) for v in (x, B))
+        y, state = chunked_scan(x, delta, A, B, C)
+        if D is not None:
+            y = y + (D * x).to(y.dtype)
+        return y if z is None else y * F.silu(z), state
+
     def remember(self, cache, state, raw):
         """After prefill: the final state, and the last raw inputs for the convolution's window."""
         layer, l = cache.layers[self.layer_idx], raw.shape[1]
         layer.state.copy_(state)
         n = min(self.d_conv - 1, l)
         slots = cache.n_valid.long()[:, None] - n + torch.arange(n, device=raw.device)   # (b,n)
-        rows = torch.arange(raw.shape[0], device=raw.device)[:, None]
-        layer.ring_u[rows, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
+        row = torch.arange(len(raw), device=raw.device)[:, None]
+        layer.ring_u[row, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1172,14 +1208,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """{layer index: Mixer} of the converted layers."""
         return {i: layer.self_attn for i, layer in enumerate(self.model.layers)
                 if isinstance(layer.self_attn, Mixer)}
-
-    def get_input_embeddings(self):
-        """The embedding that transformers ties or resizes."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self):
-        """The language-model head."""
-        return self.lm_head
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None,
                 labels=None, logits_to_keep=0, **kwargs):
@@ -1270,7 +1298,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     require(all(0 <= i < L for i in keep), f"attention layers {keep} are not in 0..{L - 1}")
     require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
     fields = {**RECIPES[recipe], **switches}
-    fields["norm"] = fields["norm"] and mixer == "mamba2"       # Mamba has no such norm
+    fields["norm"] = fields.get("norm", False) and mixer == "mamba2"       # Mamba has no such norm
     config = HybridConfig(**{k: v for k, v in teacher.config.to_dict().items()
                              if k not in ("model_type", "architectures", "dtype")},
                           teacher_type=teacher.config.model_type, attn_layers=sorted(keep),
@@ -1279,14 +1307,12 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     eager = teacher.config._attn_implementation == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"
     student = HybridForCausalLM(config)
+    theirs, dtype = dict(teacher.named_parameters()), weight.dtype
     for name, p in student.named_parameters():      # not .to(): it would round RoPE's frequencies
         wide = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
-        p.data = p.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
-                           else weight.dtype)
-    theirs = dict(teacher.named_parameters())
-    for name, ours in student.named_parameters():
+        p.data = p.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
         if name in theirs:
-            ours.copy_(theirs[name])
+            p.copy_(theirs[name])
     for i, new in student.mixers().items():
         new.init_parameters()                                   # again, now in the final dtype
         if config.attn_init:
@@ -1325,9 +1351,14 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     keep = labels[:, 1:] != -100
     ce, kl = token_losses(student_logits[:, :-1][keep], teacher_logits[:, :-1][keep],
                           labels[:, 1:][keep])
-    n = keep.sum().clamp(min=1)
-    ce, kl = ce.sum() / n, kl.sum() / n
-    return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": keep.sum()}
+    return equation_2(ce, kl, alpha, beta)
+
+
+def equation_2(ce, kl, alpha, beta):
+    """The mean over n labelled tokens of alpha ce + beta kl. ce, kl (n,) -> loss (), parts"""
+    n = len(ce)
+    ce, kl = ce.sum() / max(n, 1), kl.sum() / max(n, 1)
+    return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
 
 
 def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=None):
@@ -1340,20 +1371,18 @@ def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head
     """
     chunk = chunk or (4096 if hidden.is_cuda else 1024)
     where = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
-    targets = labels[:, 1:].flatten()[where].to(hidden.device)
+    y = labels[:, 1:].flatten()[where].to(hidden.device)
     rows = (where // (labels.shape[1] - 1)).to(hidden.device)
     where = where.to(hidden.device)
-
+    h, t = (None if v is None else v[:, :-1].flatten(0, 1)[where]
+            for v in (hidden, teacher_hidden))
     # fused on CUDA, where passes over (chunk x V) fp32 values were half of a training step
     per_token = torch.compile(token_losses, dynamic=True) if hidden.is_cuda else token_losses
 
-    def losses(h, head, t, teacher_head, y):
-        return per_token(h @ head.T, None if t is None else t @ teacher_head.T, y)
+    def losses(part):
+        return per_token(h[part] @ head.T, None if t is None else t[part] @ teacher_head.T, y[part])
 
-    h = hidden[:, :-1].flatten(0, 1)[where]
-    t = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1)[where]
-    parts = [checkpoint(losses, h[i:i + chunk], head, None if t is None else t[i:i + chunk],
-                        teacher_head, targets[i:i + chunk], use_reentrant=False)
+    parts = [checkpoint(losses, slice(i, i + chunk), use_reentrant=False)
              for i in range(0, max(len(h), 1), chunk)]
     ce, kl = (torch.cat(column) for column in zip(*parts))
     return ce, kl, rows
@@ -1364,18 +1393,13 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teac
     """Eq. 2 from hidden states (b,l,D) and head weights (V,D): `distillation_loss`'s twin."""
     ce, kl, _ = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
                                      teacher_head, chunk)
-    n = max(len(ce), 1)
-    ce, kl = ce.sum() / n, kl.sum() / n
-    return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
+    return equation_2(ce, kl, alpha, beta)
 
 
 def sequence_logps(logits, labels):
     """Sum of log p over the labelled tokens of each row. logits (b,l,V), labels (b,l) -> (b,)"""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    keep = labels[:, 1:] != -100
-    logps = logits[:, :-1].to(wide).log_softmax(-1)
-    picked = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return (picked * keep).sum(-1)
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits.mT, labels[:, 1:], reduction="none").sum(-1)
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
@@ -1652,16 +1676,18 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
 
 
 @contextmanager
-def compiled_layers(*models, enabled):
-    """torch.compile for the decoder layers of a long CUDA stage; plain modules again after it."""
-    layers = [layer for m in models for layer in m.model.layers] if enabled else []
-    for layer in layers:
-        layer.compile(dynamic=False)
+def compiled(modules, device, steps, seconds=None):
+    """torch.compile for a CUDA stage long enough to repay it (a third of the time of a step on an
+    H200) and is not sharded; plain modules again after it."""
+    long = steps > 500 if seconds is None else seconds > 45
+    chosen = list(modules) if device.type == "cuda" and long and world()[1] == 1 else []
+    for module in chosen:
+        module.compile(dynamic=False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for module in chosen:
+            module._compiled_call_impl = None
 
 
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
@@ -1697,9 +1723,11 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
         return []
     hooks = [teacher.model.layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True)
              for i in mixers]
+    parts = chain(mixers.values(), (layer.mlp for layer in teacher.model.layers))
     try:
-        return train("alignment", student, mixer_parameters(student), loss_of_step, steps,
-                     lr, tokens_per_step=batch_size * tokens.shape[1], **options)
+        with compiled(parts, device, steps, options.get("seconds")):
+            return train("alignment", student, mixer_parameters(student), loss_of_step, steps, lr,
+                         tokens_per_step=batch_size * tokens.shape[1], **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -1723,10 +1751,9 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
             heads = [m.get_output_embeddings().weight for m in (student, teacher)]
             return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
 
-    long = steps > 500 if options.get("seconds") is None else options["seconds"] > 90
-    with compiled_layers(student, teacher, enabled=device.type == "cuda" and long
-                         and world()[1] == 1):
-        parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
+    parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
+    with compiled(chain(student.model.layers, teacher.model.layers), device, steps,
+                  options.get("seconds")):
         return train(name, student, parameters, loss_of_step, steps, lr,
                      tokens_per_step=batch_size * tokens.shape[1], **options)
 
@@ -1888,18 +1915,55 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     """
     device, answers = model.get_input_embeddings().weight.device, []
     torch.manual_seed(seed)
-    never = model.config.vocab_size                 # None would mean the model's own end token
-    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k,
-                                max_new_tokens=n_new, pad_token_id=0,
-                                eos_token_id=never if end is None else end)
-    for i in progress_bar(range(0, len(prompts), batch_size), name, unit="batch"):
+    bar = progress_bar(None, name, total=len(prompts) * n_new, unit="token", unit_scale=True)
+    for i in range(0, len(prompts), batch_size):
         part = prompts[i:i + batch_size]
         l = max(map(len, part))
         tokens = torch.tensor([[0] * (l - len(p)) + list(p) for p in part], device=device)
         mask = torch.tensor([[0] * (l - len(p)) + [1] * len(p) for p in part], device=device)
-        out = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, l:]
-        answers += [row[:row.index(end) + 1] if end in row else row for row in out.tolist()]
+        cache = MixerCache.allocate(model, len(part), l + n_new, ring=1)
+        logits = prefill(model, tokens, cache, mask)[:, -1]                    # (b,V)
+        for out in sample_columns(model, cache, logits, n_new, l, end, temperature, top_k):
+            tokens = torch.cat([tokens, out], 1)
+            bar.update(out.numel())
+        answers += [row[:row.index(end) + 1] if end in row else row
+                    for row in tokens[:, l:].tolist()]
+    bar.close()
     return answers
+
+
+def sample_columns(model, cache, logits, n_new, l, end, temperature, top_k, every=32):
+    """Sample up to n_new tokens per row, `every` at a time, until all rows have said `end`.
+
+    On CUDA each block replays one captured step, which reads no more of the attention's cache
+    than the block can reach. logits (b,V) of a prompt of l columns -> yields tokens (b,every)
+    """
+    token, one = torch.zeros_like(logits[:, :1], dtype=torch.long), torch.ones_like(cache.counts[0])
+    ended = torch.zeros_like(token, dtype=torch.bool)
+
+    def step():
+        top, words = logits.topk(min(top_k, logits.shape[1]))
+        p = (top.float() / temperature).softmax(-1)
+        pick = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)   # draws from p
+        token.copy_(words.gather(1, pick))
+        logits.copy_(decode(model, token, cache)[:, 0])
+        cache.commit(one)
+
+    for first in range(0, n_new, every):
+        columns, run = [], step
+        cache.visible = min(cache.max_length, l + first + every)
+        for t in range(min(every, n_new - first)):
+            if t == 1 and token.is_cuda:            # the first step of a block warmed things up
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                run, cache.open = graph.replay, 0
+            run()
+            columns.append(token.clone())
+        yield torch.cat(columns, 1)
+        ended |= (torch.cat(columns, 1) == end).any(1, keepdim=True) if end is not None else False
+        if ended.all():
+            break
 
 
 def preference_pairs(chat, tokens, labels, length):
@@ -1946,16 +2010,16 @@ def tiny_world():
     return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02):
+def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
     """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
     """
     from transformers import LlamaConfig
     teacher = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
     matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),

@@ -24,15 +24,23 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 
 import argparse
 import copy
+import inspect
 import json
 import os
+import shlex
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import mamba_in_llama
 from mamba_in_llama import MixerCache, require
@@ -44,7 +52,7 @@ from mamba_in_llama import MixerCache, require
 
 @dataclass
 class Sampling:
-    """How a distribution becomes a token; the same for target and draft."""
+    """How logits become a distribution, and that a token; the same for target and draft."""
 
     temperature: float = 0.0           # 0: greedy
     top_k: int = 0                     # keep the k likeliest tokens; 0: all
@@ -57,44 +65,33 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
 
     def probabilities(self, logits):
-        """logits (..., V) -> (..., V)"""
-        return warp(logits, self.temperature, self.top_k, self.top_p)
+        """What is sampled from. logits (..., V) -> p (..., V), at least fp32"""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(wide)
+        logits = logits.to(wide) / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        p = logits.softmax(-1)
+        if self.top_p < 1:
+            ordered, index = p.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered       # the likeliest token always stays
+            p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= self.top_p, 0))
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+    def draw(self, p):
+        """One token from each distribution: the first of V exponential clocks of rates p to ring.
+
+        torch.multinomial would check its input on the host. p (..., V), any sum -> (...)
+        """
+        clocks = torch.empty_like(p).exponential_(generator=self.generator)
+        return (p / clocks.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
 
     def choose(self, logits):
         """logits (..., V) -> tokens (...)"""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return draw(self.probabilities(logits), self.generator)
-
-
-def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution that is sampled from; at temperature 0 all of it on the argmax.
-
-    logits (..., V) -> probabilities (..., V), at least fp32
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(wide)
-    logits = logits.to(wide) / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered, index = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered           # the likeliest token always stays
-        p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def draw(p, generator=None):
-    """One token from each distribution: the first of V exponential clocks of rates p to ring.
-
-    torch.multinomial would check its input on the host. p (..., V), need not sum to 1 -> (...)
-    """
-    clocks = torch.empty_like(p).exponential_(generator=generator)
-    return (p / clocks.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
+        return logits.argmax(-1) if self.temperature == 0 else self.draw(self.probabilities(logits))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,7 +119,7 @@ class Rows:
     tokens: torch.Tensor               # (b,width+1) token ids, the last column is a bin
     length: torch.Tensor               # (b,) prompt and emitted tokens
     limit: torch.Tensor                # (b,) length at which the budget is spent
-    alive: torch.Tensor                # (b,) bool, False once a row has ended
+    alive: torch.Tensor                # (b,) bool, False before the start and once a row has ended
     ends: torch.Tensor                 # (e,) end tokens, may be empty
     tally: torch.Tensor                # (4,) rounds, rounds x live rows, drafted, accepted
 
@@ -144,13 +141,11 @@ class Rows:
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
 
-    def result(self, start, seconds):
-        """start (b,) lengths of the prompts -> DecodeResult"""
-        rounds, row_rounds, drafted, accepted = self.tally.tolist()
-        new = [row[i:j] for row, i, j in zip(self.tokens.clone(), start, self.length.tolist())]
-        return DecodeResult(new, rounds, drafted, accepted,
-                            (row_rounds + accepted) / max(1, row_rounds), seconds,
-                            (sum(map(len, new)) - len(new)) / max(seconds, 1e-9))
+    def count(self, drafted=0, accepted=0):
+        """A round is over: (b,) tokens drafted and accepted in each row; rows that ended don't."""
+        alive = self.alive.long()
+        self.tally += torch.stack([alive.amax(), alive.sum(), (drafted * alive).sum(),
+                                   (accepted * alive).sum()])
 
 
 def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
@@ -158,34 +153,30 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
 
     input_ids: (b,l), or b 1-D tensors or lists -> Rows, padded (b,l), mask (b,l) or None if full
     """
-    device = target.get_input_embeddings().weight.device
-    vocab = target.config.vocab_size
+    device, vocab = target.get_input_embeddings().weight.device, target.config.vocab_size
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
     if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1:
         input_ids = input_ids[None]
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
-    require(len(prompts) > 0, "input_ids holds no prompts")
-    for i, prompt in enumerate(prompts):
-        require(prompt.ndim == 1 and len(prompt) > 0, f"prompt {i} of shape {tuple(prompt.shape)} "
-                "is empty or not a row of token ids")
-        require(0 <= int(prompt.min()) and int(prompt.max()) < vocab, f"prompt {i} holds token "
-                f"{int(prompt.min() if prompt.min() < 0 else prompt.max())}, outside the target's "
+    require(prompts, "input_ids holds no prompts")
+    for i, p in enumerate(prompts):
+        require(p.ndim == 1 and len(p) > 0, f"prompt {i} of shape {tuple(p.shape)} is empty or not "
+                "a row of token ids")
+        bad = [int(v) for v in p.aminmax() if not 0 <= v < vocab]
+        require(not bad, f"prompt {i} holds token {bad and bad[-1]}, outside the target's "
                 f"vocabulary of {vocab}")
     ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
     require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
             f"vocabulary of {vocab}")
-    lengths = torch.tensor([len(p) for p in prompts])
-    b, l = len(prompts), int(lengths.max())
+    length = torch.tensor([len(p) for p in prompts])
+    padded, mask = (pad_sequence(v, batch_first=True, padding_side="left") for v in (
+        prompts, [torch.ones_like(p) for p in prompts]))
     # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
-    tokens = torch.zeros(b, l + max_new_tokens + 2 * (lookahead + 1), dtype=torch.long)
-    padded, mask = torch.zeros(b, l, dtype=torch.long), torch.zeros(b, l, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        tokens[i, :len(prompt)] = prompt
-        padded[i, l - len(prompt):], mask[i, l - len(prompt):] = prompt, 1
+    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, max_new_tokens + 2 * lookahead + 2))
     rows = Rows(*(v.to(device) for v in (
-        tokens, lengths, lengths + max_new_tokens, torch.zeros(b, dtype=torch.bool),
+        tokens, length, length + max_new_tokens, torch.zeros_like(length, dtype=torch.bool),
         torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
-    return rows, padded.to(device), None if int(lengths.min()) == l else mask.to(device)
+    return rows, padded.to(device), None if mask.all() else mask.to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,24 +189,22 @@ class Decoder:
 
     def __init__(self, model, rows, ring):
         b, width = rows.tokens.shape
-        self.model, self.cache = model, MixerCache.allocate(model, b, width, ring)
-        context = getattr(model.config, "max_position_embeddings", None)
-        longest = int(rows.length.max())
+        self.cache = MixerCache.allocate(model, b, width, ring)
+        self._prefill, self._decode = (
+            getattr(model, name, partial(getattr(mamba_in_llama, name), model))
+            for name in ("prefill", "decode"))
+        context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
                 f"{longest} tokens is longer than the context of {context}")
 
     def prefill(self, padded, mask):
         """(b,l) -> logits (b,V) after the prompt"""
         self.cache.reset()
-        run = getattr(self.model, "prefill", None)
-        args = padded, self.cache, mask
-        return (run(*args) if run else mamba_in_llama.prefill(self.model, *args))[:, -1]
+        return self._prefill(padded, self.cache, mask)[:, -1]
 
     def decode(self, tokens, n_valid=None):
         """(b,T) -> logits (b,T,V), provisional until `self.cache.commit`"""
-        run = getattr(self.model, "decode", None)
-        args = tokens, self.cache, n_valid
-        return run(*args) if run else mamba_in_llama.decode(self.model, *args)
+        return self._decode(tokens, self.cache, n_valid)
 
 
 class Captured:
@@ -243,33 +232,34 @@ def warm_up(function):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def drive(step, rows, most):
-    """Call `step` until every row has ended, at most `most` times. -> seconds
+def drive(step, rows, first):
+    """Emit `first` (b,), then call `step` until every row has ended. -> DecodeResult
 
     On CUDA the host looks at the rows one call behind, while the next one already runs: it never
-    makes the device wait, and costs one idle call at the end.
+    makes the device wait, and one idle call, not counted in the time, runs on at the end.
     """
-    cuda = rows.alive.is_cuda
+    cuda, start = rows.alive.is_cuda, rows.length.tolist()
+    rows.alive.fill_(True)
+    rows.append(first[:, None], torch.ones_like(rows.length))
+    running = bool(rows.alive.any())
     if cuda:
         flag, event = torch.ones((), dtype=torch.bool).pin_memory(), torch.cuda.Event()
         torch.cuda.synchronize()
-    elif not rows.alive.any():
-        most = 0
     begin = time.perf_counter()
-    for i in range(most):
-        step()
+    while running:
         if cuda:
-            if i:
-                event.synchronize()
-                if not flag:
-                    break
             flag.copy_(rows.alive.any(), non_blocking=True)
             event.record()
-        elif not rows.alive.any():
-            break
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+        step()
+        if cuda:
+            event.synchronize()
+        running = bool(flag if cuda else rows.alive.any())
+    seconds = max(time.perf_counter() - begin, 1e-9)
+    rounds, row_rounds, drafted, accepted = rows.tally.tolist()
+    new = [row[i:j] for row, i, j in zip(rows.tokens.clone(), start, rows.length.tolist())]
+    return DecodeResult(new, rounds, drafted, accepted,
+                        (row_rounds + accepted) / max(1, row_rounds), seconds,
+                        (sum(map(len, new)) - len(new)) / seconds)
 
 
 @torch.no_grad()
@@ -282,24 +272,19 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
     """
     sampling = Sampling(temperature, top_k, top_p, generator)
     rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
-    start, cuda = rows.length.tolist(), rows.tokens.is_cuda
+    cuda, one = rows.tokens.is_cuda, torch.ones_like(rows.length)
     decoder = Decoder(target, rows, ring=16 if cuda else 1)
-    one = torch.ones_like(rows.length)
 
     def step():
         logits = decoder.decode(rows.last[:, None])[:, 0]                       # (b,V)
         decoder.cache.commit(rows.alive)
-        rows.tally[0] += rows.alive.any()
-        rows.tally[1] += rows.alive.sum()
+        rows.count()
         rows.append(sampling.choose(logits)[:, None], one)
 
     if cuda:                           # no row is alive yet: captures leave `rows` as they are
         warm_up(step)
         step = Captured(step, generator)
-    logits = decoder.prefill(padded, mask)
-    rows.alive.fill_(True)
-    rows.append(sampling.choose(logits)[:, None], one)
-    return rows.result(start, drive(step, rows, max_new_tokens - 1))
+    return drive(step, rows, sampling.choose(decoder.prefill(padded, mask)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,7 +298,11 @@ class Proposal:
 
     tokens: torch.Tensor               # (b,K)
     q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
-    n: torch.Tensor | None = None      # (b,) drafted tokens that count; None: all K
+    counts: torch.Tensor | None = None     # (b,K) bool, False where a row drafted fewer than K
+
+    def __post_init__(self):
+        if self.counts is None:
+            self.counts = torch.ones_like(self.tokens, dtype=torch.bool)
 
 
 class ModelDraft:
@@ -354,28 +343,21 @@ class ModelDraft:
         at = first[:, None] + torch.arange(width, device=first.device)
         logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing if width > 1 else None)
         logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
-        tokens, qs = [], []
-        for i in range(self.K):
-            token, q = self.choose(logits)
-            tokens.append(token)
-            qs.append(q)
-            if i < self.K - 1:
-                logits = self.decoder.decode(token[:, None])[:, 0]
-        greedy = self.sampling.temperature == 0
-        return Proposal(torch.stack(tokens, 1), None if greedy else torch.stack(qs, 1))
+        chosen = [self.choose(logits)]
+        while len(chosen) < self.K:
+            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]
+            chosen.append(self.choose(logits))
+        tokens, qs = zip(*chosen)
+        return Proposal(torch.stack(tokens, 1), None if qs[0] is None else torch.stack(qs, 1))
 
     def choose(self, logits):
         """logits (b,V or v) -> token (b,), q (b,V) or None at temperature 0"""
-        q = None
-        if self.sampling.temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            q = self.sampling.probabilities(logits)
-            token = draw(q, self.sampling.generator)
+        greedy = self.sampling.temperature == 0
+        q = None if greedy else self.sampling.probabilities(logits)
+        token = logits.argmax(-1) if greedy else self.sampling.draw(q)
         if self.subset is not None:
             token = self.subset[token]
-            if q is not None:
-                q = q.new_zeros(len(q), self.vocab).index_copy(1, self.subset, q)
+            q = q if greedy else q.new_zeros(len(q), self.vocab).index_copy(1, self.subset, q)
         return token, q
 
     def settle(self, n_accepted):
@@ -395,10 +377,11 @@ class NGramDraft:
         self.n, self.least = n, least
 
     def start(self, target, rows, lookahead, sampling, ring):
+        """Remember the rows."""
         self.rows, self.K = rows, lookahead
 
     def prefill(self, padded, mask):
-        pass
+        """Nothing to read: the rows hold the prompts."""
 
     def propose(self):
         """-> Proposal; on the CPU without columns when no row has a match."""
@@ -406,15 +389,15 @@ class NGramDraft:
         if not tokens.is_cuda:
             tokens = tokens[:, :int(rows.length.max())]
         start = latest_match(tokens, rows.length, self.n, self.least)           # (b,)
-        n = torch.where(rows.alive & (start > 0), self.K, 0)
-        K = self.K if tokens.is_cuda or n.any() else 0
+        found = (rows.alive & (start > 0))[:, None]
+        K = self.K if tokens.is_cuda or found.any() else 0
         # past the end of the context the continuation repeats itself
         period = (rows.length - start)[:, None]
         at = start[:, None] + torch.arange(K, device=start.device) % period
-        return Proposal(tokens.gather(1, at), None, n)
+        return Proposal(tokens.gather(1, at), counts=found.expand(-1, K))
 
     def settle(self, n_accepted):
-        pass
+        """Nothing to roll back."""
 
 
 def latest_match(tokens, length, n, least):
@@ -435,7 +418,7 @@ def latest_match(tokens, length, n, least):
     return found
 
 
-def LayerSubsetDraft(model, layers, vocab_subset=None):
+def LayerSubsetDraft(model, layers):
     """An ordinary model of a few of the target's layers, with its embeddings, norm and head.
 
     Weights are shared with `model` (deepcopy it before training: "shrink and fine-tune"); layers
@@ -456,8 +439,7 @@ def LayerSubsetDraft(model, layers, vocab_subset=None):
         ours.load_state_dict(model.model.layers[i].state_dict(keep_vars=True), assign=True)
     for name in ("embed_tokens", "norm", "rotary_emb"):
         setattr(draft.model, name, getattr(model.model, name))
-    draft.lm_head = model.lm_head
-    draft.generation_config, draft.vocab_subset = model.generation_config, vocab_subset
+    draft.lm_head, draft.generation_config = model.lm_head, model.generation_config
     return draft.train(model.training)
 
 
@@ -485,28 +467,23 @@ def accept(logits, proposal, sampling, simulate=None):
     logits (b,K+1,V) -> n_accepted (b,), next token (b,)
     """
     drafted, (b, K) = proposal.tokens, proposal.tokens.shape
-    row, t = torch.arange(b, device=drafted.device), torch.arange(K, device=drafted.device)
-    counts = True if proposal.n is None else t < proposal.n[:, None]            # (b,K)
+    row = torch.arange(b, device=drafted.device)
     if simulate is not None:
         n = first_conflict(torch.rand(b, K, device=drafted.device) < simulate)
         return n, logits[row, n].argmax(-1)
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)                                              # (b,K+1)
-        n = first_conflict((drafted == chosen[:, :K]) & counts)
+        n = first_conflict((drafted == chosen[:, :K]) & proposal.counts)
         return n, chosen[row, n]
-    p, q = sampling.probabilities(logits), proposal.q                           # (b,K+1,V)
-    p_d = p[:, :K].gather(2, drafted[..., None])[..., 0]                        # (b,K)
-    q_d = 1.0 if q is None else q.gather(2, drafted[..., None])[..., 0]
+    p = sampling.probabilities(logits)                                          # (b,K+1,V)
+    q = F.one_hot(drafted, p.shape[-1]) if proposal.q is None else proposal.q
+    q = F.pad(q * proposal.counts[..., None], (0, 0, 0, 1))                     # (b,K+1,V)
+    p_d, q_d = (v[:, :K].gather(2, drafted[..., None])[..., 0] for v in (p, q))     # (b,K)
     u = torch.empty_like(p_d).uniform_(generator=sampling.generator)
-    n = first_conflict((u * q_d < p_d) & counts)
-    p_n, at = p[row, n], n.clamp(max=max(0, K - 1))                             # (b,V)
-    if K == 0:
-        return n, draw(p_n, sampling.generator)
-    q_n = F.one_hot(drafted[row, at], p.shape[-1]).to(p) if q is None else q[row, at]
-    q_n = q_n * (n < (K if proposal.n is None else proposal.n))[:, None]        # all stood: 0
-    rest = (p_n - q_n).clamp_(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)               # p = q, rounded
-    return n, draw(rest, sampling.generator)
+    n = first_conflict((u * q_d < p_d) & proposal.counts)
+    p, rest = p[row, n], (p - q)[row, n].clamp_(min=0)                          # (b,V)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)                 # p = q, rounded
+    return n, sampling.draw(rest)
 
 
 def verify(target, rows, proposal, sampling, simulate=None):
@@ -518,17 +495,6 @@ def verify(target, rows, proposal, sampling, simulate=None):
     n, token = accept(logits, proposal, sampling, simulate)
     target.cache.commit(torch.where(rows.alive, n + 1, 0))
     return n, token
-
-
-def emit(rows, proposal, n, token):
-    """Append the accepted tokens and the target's own one to each row, and count."""
-    block = torch.cat([proposal.tokens, token[:, None]], 1)                     # (b,K+1)
-    block = block.scatter(1, n[:, None], token[:, None])
-    drafted = torch.full_like(n, proposal.tokens.shape[1]) if proposal.n is None else proposal.n
-    alive = rows.alive.long()
-    rows.tally += torch.stack([alive.amax(), alive.sum(), (drafted * alive).sum(),
-                               (n * alive).sum()])
-    rows.append(block, n + 1)
 
 
 @torch.no_grad()
@@ -547,9 +513,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
     sampling = Sampling(temperature, top_k, top_p, generator)
     rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
-    start = rows.length.tolist()
-    if not hasattr(draft, "propose"):
-        draft = ModelDraft(draft, getattr(draft, "vocab_subset", None))
+    draft = draft if hasattr(draft, "propose") else ModelDraft(draft)
     decoder = Decoder(target, rows, ring)
     draft.start(target, rows, lookahead, sampling, ring)
 
@@ -558,7 +522,9 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         draft.settle(n)
         if on_round is not None:
             on_round(rows, proposal, n, token)
-        emit(rows, proposal, n, token)
+        block = F.pad(proposal.tokens, (0, 1)).scatter(1, n[:, None], token[:, None])  # (b,K+1)
+        rows.count(proposal.counts.sum(1), n)
+        rows.append(block, n + 1)
 
     def step():
         check(draft.propose())
@@ -572,42 +538,30 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
             propose()
             judge()
 
-    logits = decoder.prefill(padded, mask)
+    first = sampling.choose(decoder.prefill(padded, mask))
     draft.prefill(padded, mask)
-    rows.alive.fill_(True)
-    rows.append(sampling.choose(logits)[:, None], torch.ones_like(rows.length))
-    return rows.result(start, drive(step, rows, max_new_tokens - 1))
+    return drive(step, rows, first)
 
 
 # ---------------------------------------------------------------------------------------------
 # 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
 # ---------------------------------------------------------------------------------------------
 
-# their name inside `mamba.`: (our name inside `self_attn.`, rows of our in_proj or None)
-THEIR_NAMES = {
-    "mamba2": {"in_proj.weight": ("in_proj.weight", None), "dt_bias": ("dt_bias", None),
-               "norm.weight": ("norm_weight", None)},
-    "mamba": {"in_proj_z.weight": ("in_proj.weight", "z"),
-              "in_proj_x.weight": ("in_proj.weight", "x"), "B_proj.weight": ("in_proj.weight", "B"),
-              "C_proj.weight": ("in_proj.weight", "C"),
-              "dt_proj_down.weight": ("in_proj.weight", "dt"),
-              "dt_proj.weight": ("dt_proj.weight", None), "dt_proj.bias": ("dt_bias", None)},
-}
-for _names in THEIR_NAMES.values():
-    _names.update({k: (k, None) for k in ("conv1d.weight", "conv1d.bias", "A_log", "D",
-                                          "out_proj.weight")})
+# their names inside `mamba.` where they differ from ours inside `self_attn.`; five matrices of
+# their Mamba are rows of our in_proj
+RENAMED = {"norm.weight": "norm_weight", "dt_proj.bias": "dt_bias"}
+IN_PROJ = {"in_proj_z.weight": "z", "in_proj_x.weight": "x", "B_proj.weight": "B",
+           "C_proj.weight": "C", "dt_proj_down.weight": "dt"}
 
 
 def checkpoint_tensors(folder):
-    """(name, tensor) of every safetensors or .bin file of a directory, one in memory at a time."""
-    from safetensors import safe_open
+    """(name, tensor) of every safetensors or .bin file of a directory, mapped, not read."""
     names = sorted(os.listdir(folder))
     files = [n for n in names if n.endswith(".safetensors")] or [
         n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
     require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
-    for name in files:
-        path = os.path.join(folder, name)
-        if name.endswith(".bin"):
+    for path in (os.path.join(folder, name) for name in files):
+        if path.endswith(".bin"):
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
         else:
             with safe_open(path, "pt") as file:
@@ -615,28 +569,35 @@ def checkpoint_tensors(folder):
                     yield key, file.get_tensor(key)
 
 
+def hybrid_config(fields, attn_layers, recipe, **switches):
+    """A HybridConfig around the fields of a teacher's config."""
+    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
+    return mamba_in_llama.HybridConfig(
+        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
+        attn_layers=attn_layers, recipe=recipe, **{**mamba_in_llama.RECIPES[recipe], **switches})
+
+
 def authors_config(folder):
     """config.json (the teacher's) and mamba_config.json as one HybridConfig."""
-    with open(os.path.join(folder, "config.json")) as file:
-        fields = json.load(file)
-    with open(os.path.join(folder, "mamba_config.json")) as file:
-        theirs = json.load(file)
+    read = []
+    for name in "config.json", "mamba_config.json":
+        path = os.path.join(folder, name)
+        require(os.path.isfile(path), f"{folder} has no {name}: not in the format of the authors' "
+                "checkpoints")
+        with open(path) as file:
+            read.append(json.load(file))
+    (fields, theirs), heads = read, read[0]["num_attention_heads"]
     ssm = theirs.get("ssm_cfg") or {}
-    mixer = "mamba2" if "ngroups" in ssm or ssm.get("layer") == "Mamba2" else "mamba"
-    heads = fields["num_attention_heads"]
+    mamba = not ("ngroups" in ssm or ssm.get("layer") == "Mamba2")
     head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
     for name, ours, unit in (("d_xb", fields.get("num_key_value_heads", heads) * head_dim, "K/V"),
                              ("d_inner", heads * head_dim, "query")):
         require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
                 f"but the {unit} heads of config.json make {ours}")
-    mamba = mixer == "mamba"
-    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
-    switches = {**mamba_in_llama.RECIPES["paper"], "norm": not mamba, "group_by_state": mamba,
-                "d_state": ssm.get("d_state", 16 if mamba else head_dim),
-                "d_conv": ssm.get("d_conv", 4)}
-    return mamba_in_llama.HybridConfig(
-        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
-        attn_layers=sorted(theirs["attn_layers"]), mixer=mixer, recipe="paper", **switches)
+    return hybrid_config(fields, sorted(theirs["attn_layers"]), "paper", norm=not mamba,
+                         mixer="mamba" if mamba else "mamba2", group_by_state=mamba,
+                         d_state=ssm.get("d_state", 16 if mamba else head_dim),
+                         d_conv=ssm.get("d_conv", 4))
 
 
 @torch.no_grad()
@@ -644,57 +605,54 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
 
     Their Mamba adds dt_proj.bias twice (and was trained so): our dt_bias is twice theirs. dtype
-    None: bfloat16. Memory: the model and one tensor. Raises ValueError for another format and
-    for missing or unknown tensors.
+    None: bfloat16. A tensor that needs no change stays mapped from its file, so that memory
+    fills as weights are used. Raises ValueError for another format and for missing or unknown
+    tensors.
     """
-    folder, dtype = directory_or_hub_name, dtype or torch.bfloat16
+    folder = directory_or_hub_name
     if not os.path.isdir(folder):
-        from huggingface_hub import snapshot_download
         try:
             folder = snapshot_download(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
-    for name in "config.json", "mamba_config.json":
-        require(os.path.isfile(os.path.join(folder, name)), f"{folder} has no {name}: not in the "
-                "format of the authors' checkpoints")
-    config = authors_config(folder)
+    config, dtype = authors_config(folder), dtype or torch.bfloat16
     with torch.device("meta"):
         model = mamba_in_llama.HybridForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
-    modules, wanted = dict(model.named_modules()), {}
-    for name, p in list(model.named_parameters()):
-        wide = name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict
-        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
-        wanted[name] = nn.Parameter(torch.zeros(p.shape, dtype=kind))
-        parent, leaf = name.rpartition(".")[::2]
-        setattr(modules[parent], leaf, wanted[name])
-    model.tie_weights()
-    # a mixer's own biases are ours: theirs have none
-    missing = {n for n in wanted if not n.endswith(("in_proj.bias", "out_proj.bias"))}
-    seen = set()
+    modules, lacking = dict(model.named_modules()), {
+        name: p.numel() for name, p in model.named_parameters()}                # elements to come
+
     for key, tensor in checkpoint_tensors(folder):
-        name, rows = key, slice(None)
-        if ".mamba." in key:
-            prefix, theirs = key.split("mamba.", 1)
-            require(theirs in THEIR_NAMES[config.mixer], f"{key}: unknown tensor of a "
-                    f"{config.mixer} checkpoint")
-            ours, part = THEIR_NAMES[config.mixer][theirs]
-            name = f"{prefix}self_attn.{ours}"
-            rows = modules[f"{prefix}self_attn"].rows[part] if part else rows
-            tensor = 2 * tensor if theirs == "dt_proj.bias" else tensor
-        elif key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
+        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in lacking:
             continue
-        require(name in wanted, f"{key}: unknown tensor")
-        require(wanted[name][rows].shape == tensor.shape, f"{key}: shape {tuple(tensor.shape)}, "
-                f"but {tuple(wanted[name][rows].shape)} is needed")
-        wanted[name][rows] = tensor.to(wanted[name].dtype)
-        seen.add(key)
-        missing.discard(name)
-    if config.mixer == "mamba":        # one of our matrices is five of theirs
-        missing |= {f"model.layers.{i}.mamba.{n}" for i in model.mixers()
-                    for n, (_, part) in THEIR_NAMES["mamba"].items()
-                    if part and f"model.layers.{i}.mamba.{n}" not in seen}
-    require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {min(missing, default='')}")
+        prefix, mamba, theirs = key.rpartition("mamba.")
+        part = mamba and IN_PROJ.get(theirs)
+        name = f"{prefix}self_attn.{RENAMED.get(theirs, theirs)}" if mamba else key
+        name = f"{prefix}self_attn.in_proj.weight" if part else name
+        require(name in lacking, f"{key}: unknown tensor of a {config.mixer} checkpoint")
+        parent, leaf = name.rpartition(".")[::2]
+        ours, kind = getattr(modules[parent], leaf), dtype
+        rows = modules[f"{prefix}self_attn"].rows[part] if part else slice(None)
+        require(ours[rows].shape == tensor.shape, f"{key}: shape {tuple(tensor.shape)}, but "
+                f"{tuple(ours[rows].shape)} is needed")
+        if leaf in model._keep_in_fp32_modules_strict:
+            kind = torch.promote_types(dtype, torch.float32)
+        if theirs == "dt_proj.bias":
+            tensor = 2 * tensor
+        if part:
+            if ours.is_meta:
+                setattr(modules[parent], leaf, nn.Parameter(torch.empty(ours.shape, dtype=dtype)))
+            getattr(modules[parent], leaf)[rows] = tensor.to(dtype)
+        else:
+            setattr(modules[parent], leaf, nn.Parameter(tensor.to(kind)))
+        lacking[name] -= tensor.numel()
+    for mixer in model.mixers().values():           # the authors' projections have no biases
+        for linear in mixer.in_proj, mixer.out_proj:
+            linear.bias = nn.Parameter(torch.zeros(linear.bias.shape, dtype=dtype))
+    missing = [name for name, n in lacking.items()
+               if n > 0 and not name.endswith(("in_proj.bias", "out_proj.bias"))]
+    require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {missing[:1]}")
+    model.tie_weights()
     return model.eval()
 
 
@@ -745,34 +703,24 @@ def clock(calls, cuda):
     return sorted(seconds(once, cuda) for _ in range(5))[2]
 
 
-def hybrid_config(fields, teacher_type, share, **switches):
-    """A near_linear hybrid of `share` attention around a teacher with these config fields."""
-    drop = ("model_type", "architectures", "dtype")
-    return mamba_in_llama.HybridConfig(
-        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=teacher_type,
-        attn_layers=mamba_in_llama.attention_layers(share, fields["num_hidden_layers"]),
-        **{**mamba_in_llama.RECIPES["near_linear"], **switches})
-
-
 def random_model(shape, share, device, dtype):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    from transformers import LlamaConfig
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size", "tie_word_embeddings")
     fields = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192).to_dict()
-    config = hybrid_config(fields, "llama", share,
-                           **({} if share else dict(mixer="mamba", d_state=16)))
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with device:
-            model = mamba_in_llama.HybridForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    config = shared_config(fields, share, **({} if share else dict(mixer="mamba", d_state=16)))
+    with device:
+        model = mamba_in_llama.HybridForCausalLM._from_config(config, dtype=dtype)
     for name, p in model.named_parameters():
         if name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict:
             p.data = p.data.to(torch.promote_types(dtype, torch.float32))
     return model.eval()
+
+
+def shared_config(fields, share, **switches):
+    """A near_linear hybrid of `share` attention around a teacher with these config fields."""
+    keep = mamba_in_llama.attention_layers(share, fields["num_hidden_layers"])
+    return hybrid_config(fields, keep, "near_linear", **switches)
 
 
 def weight_bytes(model, words=None):
@@ -999,8 +947,8 @@ def cache_table(config):
         f"{n:>18,}" for n in sizes))
     for share in (1.0, 0.5, 0.25, 0.0):
         with torch.device("meta"):
-            model = mamba_in_llama.HybridForCausalLM(hybrid_config(
-                config.to_dict(), config.model_type, share)).to(torch.bfloat16)
+            model = mamba_in_llama.HybridForCausalLM(
+                shared_config(config.to_dict(), share)).to(torch.bfloat16)
         for n in sizes:
             layers = MixerCache.allocate(model, 1, n, ring=1).layers
             rows.append({"attention": share, "tokens": n, "cache_bytes": sum(
@@ -1018,7 +966,6 @@ def cache_table(config):
 
 def load(name, device):
     """A model (ours, the authors' or a plain decoder) and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     require(name, "give --target DIR_OR_HUB_NAME")
     try:
@@ -1123,6 +1070,47 @@ def compare(target, drafts, prompt, tokenizer, args, ends=None, show=True):
     return rows
 
 
+def compare_teacher(args, device):
+    """--compare-teacher: 20 prompts, plain against ngram:3, and transformers' own generate. -> rows
+
+    Ten prompts ask for free text and ten for text that repeats itself. Hybrid and teacher each are
+    their own target; transformers decodes the teacher on the same prompts, in turn with ours.
+    """
+    target, tokenizer = load(args.target, device)
+    teacher, rows = load(args.compare_teacher, device)[0], []
+    free = [f"Tell me about {thing}." for thing in (
+        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
+    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
+    lists = ("apples", "pens", "dogs", "cups", "keys")
+    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
+             for f in code]
+    again += ["Go on with this list up to 40:\n" + "".join(
+        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9)) for word in lists]
+    n_new, head = args.max_new_tokens, "target    prompts   "
+    print(f"{head}{'transformers':>13}{'plain':>8}{'ngram:3':>9}{'speed-up':>10}{'# Gen':>7}"
+          "  identical (tokens/s, CPU or one GPU)")
+    for name, model in ("hybrid", target), ("teacher", teacher):
+        for kind, texts in ("free", free), ("repeating", again):
+            spent, gen, same = [0.0, 0.0, 0.0], 0.0, 0
+            for text in texts:
+                prompt = encode(text, tokenizer).to(device)
+                spent[0] += seconds(lambda: teacher.generate(
+                    prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
+                    max_new_tokens=n_new, min_new_tokens=n_new), device.type == "cuda")
+                plain = generate(model, prompt, n_new)
+                fast = speculative_decode(model, NGramDraft(3), prompt, n_new, args.lookahead)
+                same += torch.equal(plain.tokens[0], fast.tokens[0])
+                spent[1], spent[2] = spent[1] + plain.seconds, spent[2] + fast.seconds
+                gen += fast.tokens_per_round / len(texts)
+            rate = [len(texts) * (n_new - 1) / t for t in spent]
+            rows.append({"target": name, "prompts": kind, "transformers_teacher": rate[0],
+                         "plain": rate[1], "ngram": rate[2], "speed_up": rate[2] / rate[1],
+                         "gen": gen, "identical": f"{same} of {len(texts)}"})
+            print("{target:<10}{prompts:<10}{transformers_teacher:13.1f}{plain:8.1f}{ngram:9.1f}"
+                  "{speed_up:9.2f}x{gen:7.2f}  {identical}".format(**rows[-1]), flush=True)
+    return rows
+
+
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
@@ -1162,7 +1150,7 @@ def make_draft(args, device):
     return [{"step": step, "loss": loss} for step, loss in history]
 
 
-MODES = (tiny, bench, bench_kernel, needle, make_draft)
+MODES = (tiny, bench, bench_kernel, needle, make_draft, compare_teacher)
 
 
 def parse_args(argv):
@@ -1176,6 +1164,8 @@ def parse_args(argv):
     add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
     add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
     add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder, or the authors' format")
+    add("--compare-teacher", metavar="DIR_OR_NAME", help="20 prompts: --target and this teacher, "
+        "plain and ngram:3, and transformers' generate")
     add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
     add("--draft-words", type=int, help="cut the draft's head to the first so many words")
     add("--prompt", metavar="TEXT", help="the text to answer")
@@ -1207,7 +1197,8 @@ def parse_args(argv):
                 "be above 0")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
     modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, "
+            "--make-draft, --compare-teacher")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")

@@ -1,6 +1,7 @@
 """All tests of the project, on a CPU and without a network: python -m pytest test_all.py
 
     python test_all.py --bench          # training forms of both mixers against a loop over tokens
+    python test_all.py --ablate         # the paper's Tables 6 to 9 at toy size, and our switches
 
 Models have 2 to 4 layers of width 64 and mostly compute in float64, where two correct ways to the
 same number agree to 1e-9 and a wrong one does not. The Triton kernels run in Triton's interpreter
@@ -8,16 +9,18 @@ same number agree to 1e-9 and a wrong one does not. The Triton kernels run in Tr
 
 Contents:  1 helpers   2 scan and bridge to attention   3 multi-step kernels   4 decoding, padding
            5 conversion   6 losses   7 evaluation   8 training, kill and resume   9 saving and
-           generate()   10 errors   11 the command line   12 Algorithm 2   13 debugger
-           14 --bench
+           generate()   10 errors   11 the command line   12 Algorithm 2   13 debugger,
+           README   14 --bench   15 --ablate, pictures
 """
 
 import argparse
-import ast
 import copy
+import functools
+import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -28,7 +31,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -1576,14 +1581,17 @@ def test_hand_example():
     assert (n.item(), token.item()) == (4, 5)
 
 
-def test_warp():
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    assert torch.allclose(S.warp(logits, top_k=2), torch.tensor([0.625, 0.375, 0, 0]))
-    assert torch.allclose(S.warp(logits, top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]))
-    assert torch.allclose(S.warp(logits, top_p=0.81), torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95)
-    assert torch.equal(S.warp(logits, 0), torch.tensor([1.0, 0, 0, 0]))
-    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert torch.allclose(S.warp(logits, 0.5), squares / squares.sum())
+@pytest.mark.parametrize("settings, expected", [
+    (dict(temperature=1, top_k=2), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1, top_p=0.8), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+    (dict(temperature=0), [1, 0, 0, 0]),
+    (dict(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])], ids=str)
+def test_probabilities(settings, expected):
+    """0.5, 0.3, 0.15, 0.05; temperature 0.5 squares them, and the squares sum to 0.365."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    p = S.Sampling(**settings).probabilities(logits)
+    assert torch.allclose(p, torch.tensor(expected, dtype=torch.float32))
 
 
 def chi_square_z(seen, p):
@@ -1627,7 +1635,7 @@ def test_sampled_distribution(settings, kind):
     words = torch.cartesian_prod(*[torch.arange(vocab)] * 3)                    # (216,3)
     with torch.no_grad():
         logits = target(torch.cat([prompt.expand(len(words), -1), words], 1)).logits[:, 4:7]
-    p = S.warp(logits, **settings).gather(2, words[..., None])[..., 0].prod(1)
+    p = S.Sampling(**settings).probabilities(logits).gather(2, words[..., None])[..., 0].prod(1)
     cell = torch.stack(got.tokens) @ torch.tensor([vocab ** 2, vocab, 1])
     assert chi_square_z(cell.bincount(minlength=vocab ** 3), p) < 3.5
     assert got.accepted > 0 and got.accepted < got.drafted
@@ -1641,7 +1649,7 @@ def test_plain_sampling_distribution():
     words = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     with torch.no_grad():
         logits = target(torch.cat([torch.tensor([[1, 2]]).expand(36, -1), words], 1)).logits[:, 1:3]
-    p = S.warp(logits, 0.9).gather(2, words[..., None])[..., 0].prod(1)
+    p = S.Sampling(0.9).probabilities(logits).gather(2, words[..., None])[..., 0].prod(1)
     cell = torch.stack(got.tokens) @ torch.tensor([6, 1])
     assert chi_square_z(cell.bincount(minlength=36), p) < 3.5
     got = S.speculative_decode(target, S.NGramDraft(1, 1), [[1, 2]] * 64, 20, temperature=1.5,
@@ -1889,6 +1897,7 @@ def home(tmp_path_factory):
     for name in ("teacher", "mamba2", "mamba"):
         # a teacher that says any word will also say the mark that begins an answer
         model = toy_llama(vocab=len(tokenizer), width=32, sharp=0.0 if name == "teacher" else 8.0)
+        model.config.max_position_embeddings = 1024     # --compare-teacher has long prompts
         if name != "teacher":
             model = M.convert_to_hybrid(model, [1, 3], name)
         model.generation_config.eos_token_id = 2
@@ -1933,6 +1942,12 @@ def test_command_needle(home):
     assert code == 0 and "cache of one row" in out, err
 
 
+def test_command_compare_teacher(home):
+    code, out, err = spec_cli(home, "--compare-teacher tiny_run/teacher --target tiny_run/mamba2 "
+                                   "--max-new-tokens 3")
+    assert code == 0 and out.count("10 of 10") == 4, err
+
+
 def test_command_make_draft(home):
     code, out, err = spec_cli(home, "--make-draft layers:0,2 --target tiny_run/teacher --out new "
                                    "--rows 256 --length 48 --minutes 0.02")
@@ -1962,42 +1977,110 @@ def test_command_errors(home, text, message, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. A debugger can stop inside: at the weight moves and inside the Triton kernel.
+# 13. A debugger can stop inside: at the weight moves, in VERIFY and inside the Triton kernel.
 # ---------------------------------------------------------------------------------------------
 
-SESSION = """
-import torch, mamba_in_llama as M
-from transformers import LlamaConfig, AutoModelForCausalLM
-teacher = AutoModelForCausalLM.from_config(LlamaConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1))
-student = M.convert_to_hybrid(teacher, [])
-cache = M.MixerCache.allocate(student, 1, ring=2)
-student.decode(torch.tensor([[3, 4]]), cache)
-"""
 
-
-def last_line_of(name):
-    """Line of the last statement of a function of mamba_in_llama.py."""
-    with open(os.path.join(HERE, "mamba_in_llama.py")) as file:
-        tree = ast.parse(file.read())
-    found, = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
-    return found.body[-1].lineno
+def readme_block(beginning):
+    """The fenced block of README.md that begins so, without its fence."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        found, = (b for b in re.findall(r"```\w*\n(.*?)```", file.read(), re.S)
+                  if b.startswith(beginning))
+    return found
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter is for CPUs")
-def test_pdb_stops_in_weight_moves_and_in_the_kernel(tmp_path):
-    path = os.path.join(HERE, "mamba_in_llama.py")
-    (tmp_path / "session.py").write_text(SESSION)
-    commands = [f"tbreak {path}:{last_line_of('copy_attention')}",
-                f"tbreak {path}:{last_line_of('mamba2_kernel')}", "c",
-                "p 'projection', tuple(attention.v_proj.weight.shape)", "c",
-                "p 'kernel sees', state.shape, N", "q"]
+def test_pdb_tour_of_the_readme(tmp_path):
+    """The README's session, typed into pdb: weight moves, VERIFY, inside the Triton kernel."""
+    (tmp_path / "session.py").write_text(readme_block("import torch, mamba_in_llama as M"))
+    with open(os.path.join(HERE, "mamba_in_llama.py")) as file:
+        text = file.read()
+    assert text.count("# 2. new tokens among themselves") == 1
+    line = 2 + text[:text.index("# 2. new tokens among themselves")].count("\n")
+    typed = [v.split("  #")[0] for v in readme_block("n  ").splitlines()]
+    typed = "\n".join(typed).replace("LINE", f"{os.path.join(HERE, 'mamba_in_llama.py')}:{line}")
     done = subprocess.run([sys.executable, "-m", "pdb", "session.py"], cwd=tmp_path, text=True,
-                          input="\n".join(commands) + "\n", capture_output=True, timeout=120,
+                          input=typed + "\n", capture_output=True, timeout=120,
                           env=clean_environment(TRITON_INTERPRET="1", PYTHONPATH=HERE))
-    assert "('projection', (16, 32))" in done.stdout, done.stdout + done.stderr
-    assert re.search(r"'kernel sees', .*16", done.stdout), done.stdout + done.stderr
+    for seen in (r"'C': slice\(64, 96, None\)", r"\(tensor\(\[\d+\]\), tensor\(\[",
+                 r"-> scores \*= ", r"\(1, 16, 16\)"):
+        assert re.search(seen, done.stdout), done.stdout + done.stderr
+
+
+# ---- the README's other promises -------------------------------------------------------------
+
+
+def readme_commands():
+    """Every `python ...` line in the README's bash blocks, comments and continuations resolved."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", file.read(), re.S))
+    return [shlex.split(line, comments=True)[1:] for line in
+            blocks.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_readme_commands_parse(words, tmp_path, monkeypatch):
+    """The tests of sections 11, 12 and 15 run each kind of command; here every flag is known."""
+    monkeypatch.chdir(tmp_path)
+    program, argv = words[0], words[1:]
+    if program == "-m":
+        assert argv == ["pytest", "test_all.py"]
+    else:
+        {"mamba_in_llama.py": M.parse_args, "spec_decode.py": S.parse_args,
+         "test_all.py": parse_args}[program](argv)
+
+
+def test_readme_exercises_fit_the_files():
+    """What an exercise replaces stands exactly once in its file."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        edits = re.findall(r"In `(\w+\.py)` replace `([^`]+)` by `([^`]+)`", file.read())
+    assert len(edits) >= 5
+    for name, old, new in edits:
+        with open(os.path.join(HERE, name)) as file:
+            text = file.read()
+        assert text.count(old) == 1 and new not in (old, ""), (name, old)
+
+
+def test_ablations(tmp_path, capsys):
+    """Table 9 and what stage 2 and 3 add, at the smallest size; a second call computes nothing."""
+    runs = [BASE["50 %"], BASE["50 %"] + (SFT,), BASE["50 %"] + (SFT, DPO), OURS,
+            stepwise(HALF, QUARTER), (("remove", HALF, ()), ALL)]
+    ablation_world(tmp_path, SMALLEST)
+    results = [ablation_run(run, 0, tmp_path, SMALLEST) for run in runs]
+    assert all(r["ratio"] > 0 and 0 <= r["preference"] <= 1 for r in results)
+    assert [list(r["curves"]) for r in results] == [
+        ["stage 1"], ["SFT"], ["DPO"], ["alignment", "stage 1"], ["stage 1"], ["everything"]]
+    rows = ablate("9", 1, tmp_path, SMALLEST, tmp_path / "f.json")
+    printed = capsys.readouterr().out
+    assert "2 runs, 2 of them done before" in printed and re.search(r"order: \d of 1", printed)
+    assert [row["ratio"][0] for row in rows] == [results[0]["ratio"], results[-1]["ratio"]]
+    assert json.loads((tmp_path / "f.json").read_text())["rows"] == rows
+
+
+def test_ablation_sweep_runs_parents_first(tmp_path):
+    results, run = {}, BASE["50 %"] + (DPO,)
+    ablation_world(tmp_path, SMALLEST)
+    sweep([(0, run), (0, BASE["50 %"])], results, tmp_path, SMALLEST, lambda: None)
+    assert list(results) == [(0, BASE["50 %"]), (0, run)]
+
+
+def test_verdict_counts_pairs_on_which_all_seeds_agree():
+    rows = [dict(row="a", paper=1.0, ratio=[1.0, 1.1]), dict(row="b", paper=2.0, ratio=[1.2, 1.3]),
+            dict(row="c", paper=3.0, ratio=[0.9, 1.0]), dict(row="d", paper=4.0, ratio=[1.1, 1.4])]
+    line = verdict(rows, "ratio", paper_wants_high=False)
+    assert line == ("order: 3 of 6 pairs as in the paper, 1 undecided between seeds; the other way "
+                    "round: c beats a, c beats b")
+
+
+def test_pictures_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    for run in (OURS, BASE["25 %"]):
+        ablation_run(run, 0, tmp_path, SMALLEST)
+    curves = [{kind: [2.0, 1.0, 0.5] for kind in RATES}]
+    rows = [dict(table=key, row=label, paper=figure, ratio=[1.1], curves=curves)
+            for key, table in TABLES.items() for label, _, figure in table.rows]
+    plot_ablations(rows, tmp_path, SMALLEST, tmp_path / "assets")
+    assert len(list((tmp_path / "assets").glob("*.png"))) == 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2030,7 +2113,6 @@ def time_scan(mixer, form, length, device, repeats):
 
 def bench(length=2048):
     """Print a table; each measurement in a fresh process, so that its peak memory is its own."""
-    import multiprocessing
     print(f"forward + backward of one layer's scan, (1, {length}), 9 heads, state 64 x 64, "
           f"float32, {DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'mixer':<8}{'form':<14}{'ms':>10}{'peak MiB':>10}{'speed-up':>10}")
@@ -2049,16 +2131,466 @@ def bench(length=2048):
     return rows
 
 
-def main(argv=None):
+# ---------------------------------------------------------------------------------------------
+# 15. --ablate: the paper's Tables 6 to 9 at toy size, then our own switches one at a time.
+# ---------------------------------------------------------------------------------------------
+
+# A run is a tuple of steps: where attention stays (with the recipe's fields that differ), then
+# stages (name, share of the budget). Every run is made once per seed and kept in ./ablate_run;
+# a run that goes on from another one starts from that one's student.
+SIZE = dict(layers=8, width=64, teacher_steps=400, answers=1024, steps=120, batch=8, length=96,
+            rows=48)
+SMALLEST = dict(layers=8, width=64, teacher_steps=2, answers=8, steps=4, batch=2, length=48, rows=4)
+HALF, QUARTER, EIGHTH, NONE = (1, 3, 5, 7), (3, 7), (7,), ()
+MIXERS_ONLY, ALL, SFT, DPO = ("stage 1", 1.0), ("everything", 1.0), ("SFT", 0.5), ("DPO", 0.25)
+ALIGNED = ("alignment", 0.4), ("stage 1", 0.6)              # the same number of steps in all
+RATES = {"alignment": 1e-2, "stage 1": 5e-3, "everything": 5e-3, "SFT": 1e-3, "DPO": 5e-4}
+METRICS = {"ratio": "perplexity ratio on the teacher's held-out answers, lower is better",
+           "human_ratio": "perplexity ratio on held-out text that people wrote, lower is better",
+           "preference": "share of held-out pairs where people's answer is the likelier one, "
+                         "higher is better"}
+
+
+def run_of(layers, *stages, **fields):
+    """The run that keeps attention in `layers`; fields: what differs from near_linear."""
+    return (("convert", layers, tuple(sorted(fields.items()))), *stages)
+
+
+def random_start(layers, stage):
+    return run_of(layers, stage, attn_init=False)
+
+
+def stepwise(first, second):
+    """Half of the budget at each share; the second student keeps what the first has learnt."""
+    half = ("stage 1", 0.5)
+    return run_of(first, half) + run_of(second, half)
+
+
+class Table(NamedTuple):
+    title: str
+    metric: str                        # of METRICS: what the rows are ordered by
+    paper: str                         # what the paper's figures are
+    rows: list                         # (label, run, the paper's figure or None)
+
+
+BASE = {share: run_of(layers, MIXERS_ONLY) for share, layers in (
+    ("50 %", HALF), ("25 %", QUARTER), ("12.5 %", EIGHTH), ("0 %", NONE))}
+OURS = run_of(HALF, *ALIGNED)
+TABLES = {
+    "6 left": Table("how much attention stays (stage 1 alone)", "ratio", "ratio", [
+        (share + (" (paper: 6.25 %)" if share == "12.5 %" else ""), BASE[share], figure)
+        for share, figure in zip(BASE, (1.03, 1.09, 1.22, 1.66))]),
+    "6 right": Table("the stages after distillation", "preference", "MT-bench", [
+        (f"{share}, {name}", BASE[share] + stages, figure)
+        for share, figures in (("50 %", (5.55, 5.61, 5.42, 6.69)),
+                               ("25 %", (5.01, 4.97, 4.84, 6.10)))
+        for (name, stages), figure in zip((("stage 1", ()), ("+ SFT", (SFT,)), ("+ DPO", (DPO,)),
+                                           ("+ SFT + DPO", (SFT, DPO))), figures)]),
+    "7 left": Table("attention's weights at the start, and MLPs frozen or not", "ratio",
+                    "perplexity", [
+        (f"{share}, {start}, {rest}", (run_of if start == "attention" else random_start)(
+            layers, stage), figure)
+        for share, layers, figures in (("0 %", NONE, (3.36, 66.7, 18.2, 20.3)),
+                                       ("50 %", HALF, (2.09, 9.1, 7.4, 11.2)))
+        for (start, rest, stage), figure in zip((
+            ("attention", "frozen", MIXERS_ONLY), ("attention", "not frozen", ALL),
+            ("random", "frozen", MIXERS_ONLY), ("random", "not frozen", ALL)), figures)]),
+    "7 right": Table("which layers stay, and stepwise or at once", "ratio", "perplexity", [
+        ("50 %, interleaved", BASE["50 %"], 2.09),
+        ("50 %, the first 4 layers", run_of((0, 1, 2, 3), MIXERS_ONLY), 2.41),
+        ("25 %, interleaved, stepwise", stepwise(HALF, QUARTER), 2.20),
+        ("25 %, interleaved, at once", BASE["25 %"], 2.29),
+        ("25 %, the first 2 layers, stepwise", stepwise((0, 1, 2, 3), (0, 1)), 2.89)]),
+    "8": Table("attention's weights at the start, 50 %", "human_ratio", "LAMBADA", [
+        ("attention", BASE["50 %"], 6.20), ("random", random_start(HALF, MIXERS_ONLY), 55.01)]),
+    "9": Table("Mamba, or the layers simply removed, 50 %", "human_ratio", "LAMBADA", [
+        ("Mamba blocks", BASE["50 %"], 6.20),
+        ("layers removed, the rest trained", (("remove", HALF, ()), ALL), 151.98)]),
+    "ours": Table("one switch at a time, 50 %, alignment and stage 1", "ratio", "", [
+        ("near_linear", OURS, None),
+        ("no alignment (as long a stage 1)", BASE["50 %"], None),
+        ("RoPE dropped", run_of(HALF, *ALIGNED, rope=False), None),
+        ("random gate", run_of(HALF, *ALIGNED, gate="default"), None),
+        ("random convolution + SiLU", run_of(HALF, *ALIGNED, conv="default"), None),
+        ("slow decays", run_of(HALF, *ALIGNED, decay="slow"), None),
+        ("gated norm", run_of(HALF, *ALIGNED, norm=True), None),
+        ("the authors' start", run_of(HALF, *ALIGNED, **M.RECIPES["paper"]), None)]),
+}
+
+
+RUNS = {run: f"{key}: {label}" for key, table in reversed(TABLES.items())
+        for label, run, _ in table.rows}                    # every run once, named by a table
+PARENTS = {run: max((p for p in RUNS if p == run[:len(p)] and p != run), key=len, default=())
+           for run in RUNS}
+
+
+def ablation_world(folder, size):
+    """The one teacher of all runs and its data, made once and kept in `folder`.
+
+    Answers are sampled at temperature 1, so that no student can beat the teacher's perplexity on
+    them but by luck. Of a pair of preferences a person wrote one answer, the teacher the other one
+    (at temperature 0.6).
+
+    -> teacher, {"train", "heldout", "sft", "human", "chosen", "rejected", "right", "wrong"}
+    """
+    file = os.path.join(folder, "world.pt")
+    if not os.path.exists(file):
+        os.makedirs(folder, exist_ok=True)
+        torch.manual_seed(0)
+        tokenizer, pairs = M.tiny_world()
+        chat, length = M.Chat(tokenizer), size["length"]
+        seen, human = [[chat.pair(*p) for i, p in enumerate(pairs) if (i % 10 == 0) == held]
+                       for held in (False, True)]
+        teacher = M.tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]),
+                                 size["teacher_steps"], layers=size["layers"], width=size["width"])
+
+        def answers(asked, seed, temperature=1.0):
+            return M.sample(teacher, asked, length - 32, chat.end, 512, temperature, 0, seed)
+
+        def preferences(pairs, seed):
+            """Both answers cut to the same number of tokens."""
+            wrong = answers([p for p, _ in pairs], seed, 0.6)
+            cut = [min(len(a), len(b)) - 1 for (_, a), b in zip(pairs, wrong)]
+            return [chat.pack([(p, v[:n]) for (p, _), v, n in zip(pairs, side, cut)], length)
+                    for side in ([a for _, a in pairs], wrong)]
+
+        asked, held = ([p for p, _ in pairs] for pairs in (seen[:size["answers"]],
+                                                           human[:size["rows"]]))
+        chosen, rejected = preferences(seen[:size["answers"] // 2], 2)
+        right, wrong = preferences(human, 3)
+        torch.save(dict(
+            train=chat.pack(zip(asked, answers(asked, 0)), length), sft=chat.pack(seen, length),
+            heldout=chat.pack(zip(held, answers(held, 1)), length),
+            human=chat.pack(human[:size["rows"]], length), chosen=chosen, rejected=rejected,
+            right=right, wrong=wrong, config=teacher.config.to_dict(),
+            teacher=teacher.state_dict()), file)
+    data = torch.load(file)
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**data.pop("config"))).eval()
+    teacher.load_state_dict(data.pop("teacher"))
+    return teacher, data
+
+
+def file_of(run, seed, folder):
+    """Where a run's result is kept, and its student if another run starts from it."""
+    return os.path.join(folder, hashlib.sha1(repr((run, seed)).encode()).hexdigest()[:16] + ".pt")
+
+
+def ablation_run(run, seed, folder, size):
+    """One run, from its parent's student or from the teacher; evaluated and kept. -> its result
+
+    A seed is a draw of what conversion leaves to chance, and an order of the data.
+    """
+    torch.set_num_threads(1)
+    teacher, data = ablation_world(folder, size)
+    start, student, curves = time.monotonic(), None, {}
+    shuffled = {}
+    for name in ("train", "sft", "chosen", "rejected"):     # a pair keeps its two halves together
+        draw = torch.Generator().manual_seed(seed)
+        shuffled[name] = [v[torch.randperm(len(v), generator=draw.manual_seed(seed))]
+                          for v in data[name]]
+    if PARENTS[run]:
+        student = torch.load(file_of(PARENTS[run], seed, folder), weights_only=False)["student"]
+    for kind, value, *fields in run[len(PARENTS[run]):]:
+        torch.manual_seed(seed)
+        if kind == "convert":
+            older, student = student, M.convert_to_hybrid(teacher, value, **dict(*fields))
+            if older is not None:                           # stepwise: keep what is distilled
+                ours = student.state_dict()
+                student.load_state_dict({k: v for k, v in older.state_dict().items()
+                                         if k in ours}, strict=False)
+        elif kind == "remove":
+            student = copy.deepcopy(S.LayerSubsetDraft(teacher, value))
+        else:
+            losses = ablation_stage(kind, student, teacher, shuffled, dict(
+                steps=round(value * size["steps"]), batch_size=size["batch"], lr=RATES[kind]))
+            curves[kind] = [loss for _, loss in losses]
+    result = M.evaluate(student, teacher, data["heldout"][0], labels=data["heldout"][1])
+    human = M.evaluate(student, teacher, data["human"][0], labels=data["human"][1])
+    with torch.no_grad():
+        right, wrong = (M.preference_logps(student, *data[side]) for side in ("right", "wrong"))
+    result.update(human_ratio=human["ratio"], preference=(right > wrong).float().mean().item(),
+                  curves=curves, seconds=time.monotonic() - start)
+    kept = student if run in PARENTS.values() or run == OURS else None
+    torch.save({"result": result, "student": kept}, file_of(run, seed, folder))
+    return result
+
+
+def ablation_stage(kind, student, teacher, data, options):
+    """One stage of a run. -> list of (step, loss)"""
+    if kind == "alignment":
+        return M.align_mixers(student, teacher, data["train"][0], **options)
+    if kind == "DPO":
+        return M.dpo(student, teacher, data["chosen"], data["rejected"], **options)
+    if kind == "SFT":
+        return M.distil(kind, student, teacher, *data["sft"], beta=0.0, **options)
+    return M.distil(kind, student, teacher, *data["train"], alpha=0.1, beta=1.0,
+                    only_mixers=kind == "stage 1", **options)
+
+
+def sweep(todo, results, folder, size, after_each):
+    """Run (seed, run) jobs on all cores, a parent before its children; fills `results`."""
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    todo, running = list(todo), {}
+    bar = M.tqdm(total=len(todo), unit="run")
+    with ProcessPoolExecutor(len(cores), multiprocessing.get_context("spawn")) as pool:
+        while todo or running:
+            for seed, run in list(todo):
+                if len(running) < len(cores) and (not PARENTS[run] or
+                                                  (seed, PARENTS[run]) in results):
+                    running[pool.submit(ablation_run, run, seed, folder, size)] = seed, run
+                    todo.remove((seed, run))
+            bar.set_description(" | ".join(f"{RUNS[r]}, seed {s}" for s, r in running.values()))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                results[running.pop(future)] = future.result()
+                bar.update()
+                after_each()
+    bar.close()
+
+
+def ablate(only="", seeds=3, folder="ablate_run", size=None, json_file=None):
+    """All runs of the tables whose name begins with `only`, then the tables. -> their rows
+
+    What stands in `folder` is taken from there, so an interrupted sweep goes on.
+    """
+    size, tables = size or SIZE, {k: t for k, t in TABLES.items() if k.startswith(only)}
+    M.require(tables, f"--only {only!r}: want the beginning of one of {', '.join(TABLES)}")
+    print(f"teacher of {size['layers']} layers, mamba2, {size['steps']} steps of {size['batch']} x "
+          f"{size['length']} tokens per run, seeds 0..{seeds - 1}; all is kept in {folder}")
+    start, (teacher, data) = time.monotonic(), ablation_world(folder, size)
+    human = M.evaluate(teacher, teacher, data["human"][0], labels=data["human"][1])["perplexity"]
+    print(f"the teacher's perplexity on text that people wrote: {human:.2f}", flush=True)
+    wanted = [row[1] for table in tables.values() for row in table.rows]
+    wanted = dict.fromkeys(r for run in wanted for r in (PARENTS[PARENTS[run]] if PARENTS[run]
+                                                         else (), PARENTS[run], run) if r)
+    jobs, results = list(itertools.product(range(seeds), wanted)), {}
+    for seed, run in jobs:
+        if os.path.exists(file_of(run, seed, folder)):
+            results[seed, run] = torch.load(file_of(run, seed, folder),
+                                            weights_only=False)["result"]
+
+    def write():
+        rows = ablation_rows(tables, results)
+        if json_file:
+            with open(json_file, "w") as file:
+                json.dump({"size": size, "torch": torch.__version__, "rows": rows}, file, indent=1)
+        return rows
+
+    print(f"{len(jobs)} runs, {len(results)} of them done before", flush=True)
+    sweep([job for job in jobs if job not in results], results, folder, size, write)
+    rows = write()
+    print_ablations(tables, rows)
+    print(f"\n{sum(r['seconds'] for r in results.values()):.0f} core-seconds of runs; "
+          f"{time.monotonic() - start:.0f} s this time, {torch.__version__}")
+    return rows
+
+
+def ablation_rows(tables, results):
+    """One row per table row: each metric's values, a list over the seeds that are done."""
+    rows = []
+    for key, table in tables.items():
+        for label, run, figure in table.rows:
+            done = [r for (_, other), r in sorted(results.items(), key=lambda kv: kv[0][0])
+                    if other == run]
+            curves = [{k: [round(v, 4) for v in c] for k, c in r["curves"].items()} for r in done]
+            rows.append({"table": key, "row": label, "paper": figure, "curves": curves} | {
+                m: [r[m] for r in done] for m in ("ratio", "human_ratio", "kl", "agreement",
+                                                  "preference", "seconds")})
+    return rows
+
+
+def verdict(rows, metric, paper_wants_high):
+    """Do the rows stand in the paper's order? A pair counts when every seed ranks it the same way.
+
+    -> one line
+    """
+    agree, differ, open_pairs = 0, [], 0
+    for a, b in itertools.combinations(rows, 2):
+        better, worse = (a, b) if (a["paper"] > b["paper"]) == paper_wants_high else (b, a)
+        sign = 1 if metric == "preference" else -1
+        gains = [sign * (x - y) for x, y in zip(better[metric], worse[metric])]
+        if all(g > 0 for g in gains):
+            agree += 1
+        elif all(g < 0 for g in gains):
+            differ.append(f"{worse['row']} beats {better['row']}")
+        else:
+            open_pairs += 1
+    return (f"order: {agree} of {agree + len(differ) + open_pairs} pairs as in the paper"
+            + f", {open_pairs} undecided between seeds" * bool(open_pairs)
+            + (f"; the other way round: {', '.join(differ)}" if differ else ""))
+
+
+def print_ablations(tables, rows):
+    """Each table with the paper's figures beside ours, mean and spread over seeds."""
+    def show(values):
+        return f"{numpy.mean(values):.3f} +- {numpy.std(values):.3f}"
+
+    for key, table in tables.items():
+        mine = [r for r in rows if r["table"] == key]
+        names = {"ratio": "ratio", "human_ratio": "on people's text", "kl": "KL, nats",
+                 "preference": "preference"}
+        print(f"\n{'Table ' * key[0].isdigit()}{key}: {table.title}. Ordered by the "
+              f"{METRICS[table.metric]}.\n{'':<38}{table.paper and 'paper: ' + table.paper:>18}"
+              + "".join(f"{name + '*' * (m == table.metric):>19}" for m, name in names.items()))
+        for r in mine:
+            figure = "" if r["paper"] is None else f"{r['paper']:.2f}"
+            print(f"{r['row']:<38}{figure:>18}" + "".join(f"{show(r[m]):>19}" for m in names))
+        if table.paper:
+            print(verdict(mine, table.metric, table.paper == "MT-bench"))
+
+
+COLOURS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00", sky="#56B4E9",
+               pink="#CC79A7", grey="#CCCCCC")              # Okabe and Ito: colour-blind safe
+
+
+def picture(path, draw, width=9, height=5, panels=1):
+    """Let `draw` fill axes whose letters stay legible at half the width, and save. (matplotlib)"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with plt.rc_context({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
+                         "lines.linewidth": 2.5, "lines.markersize": 9}):
+        figure, axes = plt.subplots(panels, panels, figsize=(width, height))
+        draw(axes)
+        figure.tight_layout()
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+    print("drew", path)
+
+
+def draw_weights(axis):
+    """Which weight goes where; heights are rows, of 4 query heads to 2 key/value heads."""
+    def block(x, y, height, name, colour):
+        axis.bar(x, height, 1.6, y, color=COLOURS[colour], edgecolor="white", linewidth=2)
+        axis.text(x, y + height / 2, name, ha="center", va="center")
+        return y + height / 2
+
+    def arrow(y, z):
+        axis.annotate("", (4.1, z), (0.9, y), arrowprops=dict(arrowstyle="-|>", lw=2.5))
+
+    y, z = 1.5, 0.0
+    for name, new, height, colour in (("$W_Q$", "C", 4, "sky"), ("$W_K$", "B", 2, "green"),
+                                      ("$W_V$", "x", 2, "orange")):
+        z = z + (0.9 if new == "C" else 0)
+        arrow(block(0, y, height, name, colour), block(5, z, height, new, colour))
+        y, z = y + height + 0.7, z + height
+    block(5, 0, 0.9, "$\\Delta$", "grey")
+    block(5, z, 4, "gate z", "grey")
+    arrow(block(0, -4.8, 4, "$W_O$", "pink"), block(5, -5.3, 4, "out", "pink"))
+    axis.text(0, y + 0.3, "attention", ha="center", weight="bold")
+    axis.text(5, z + 4.4, "mixer: in_proj", ha="center", weight="bold")
+    axis.text(5, -1.0, "out_proj", ha="center", weight="bold")
+    axis.text(9.2, z + 4.4, "new (grey): how it starts", ha="center", weight="bold")
+    for i, (name, how) in enumerate((
+            ("gate z", "weights 0, bias so that silu(z) = 1"),
+            ("conv1d", "1 for this token, 0 before"),
+            ("$\\Delta$", "0.001 .. 0.1, by its bias"), ("A", "in $-$16 .. $-$1"),
+            ("skip D", "0"))):
+        block(7.2, z + 2.2 - 2.2 * i, 1.6, name, "grey")
+        axis.text(8.2, z + 3 - 2.2 * i, how, va="center", size=14)
+    axis.set(xlim=(-1.2, 13), ylim=(-5.6, z + 5.4))
+    axis.axis("off")
+
+
+def draw_shares(axis, rows):
+    """Table 6 left: perplexity ratio against the share of attention that stays."""
+    ours = [r for r in rows if r["table"] == "6 left"]
+    x, values = [50, 25, 12.5, 0], [r["ratio"] for r in ours]
+    axis.errorbar(x, [numpy.mean(v) for v in values], [numpy.std(v) for v in values], capsize=6,
+                  marker="o", color=COLOURS["blue"],
+                  label=f"ours: toy teacher, {len(values[0])} seeds")
+    axis.plot([50, 25, 6.25, 0], [r["paper"] for r in ours], "s--", color=COLOURS["red"],
+              label="paper: Zephyr 7B")
+    axis.axhline(1, color="black", lw=1)
+    axis.set(xlabel="attention layers that stay, %", ylabel="perplexity, student / teacher",
+             xlim=(53, -3))
+    axis.legend()
+
+
+def draw_curves(axes, rows):
+    """Losses of the stages over their steps, mean of ten steps and of the seeds."""
+    named = {(r["table"], r["row"]): r["curves"] for r in rows}
+    aligned, plain = named["ours", "near_linear"], named["6 left", "50 %"]
+    later = named["6 right", "50 %, + SFT + DPO"]
+    panels = (("alignment", "|mixer - attention|² / |attention|²", [("", aligned)]),
+              ("stage 1", "Eq. 2, nats per token", [("aligned first", aligned),
+                                                    ("not aligned", plain)]),
+              ("SFT", "cross-entropy, nats per token", [("", named["6 right", "50 %, + SFT"])]),
+              ("DPO", "Eq. 4", [("", later)]))
+    for axis, (stage, unit, lines) in zip(axes, panels):
+        for (label, curves), colour, style in zip(lines, ("blue", "red"), ("-", "--")):
+            curve = numpy.mean([c[stage] for c in curves], 0)
+            n = max(1, len(curve) // 12)
+            curve = curve[:len(curve) // n * n].reshape(-1, n).mean(-1)
+            axis.plot(n * (0.5 + numpy.arange(len(curve))), curve, style, label=label,
+                      color=COLOURS[colour])
+        axis.set(title={"SFT": "stage 2: SFT", "DPO": "stage 3: DPO"}.get(stage, stage),
+                 xlabel="step", ylabel=unit)
+        if len(lines) > 1:
+            axis.legend()
+
+
+def draw_trace(axis, folder, size, n_rounds=12, K=4):
+    """Algorithm 2 round by round: a 25 % hybrid drafts for an aligned 50 % hybrid."""
+    _, data = ablation_world(folder, size)
+    tokenizer, rounds = M.tiny_world()[0], []
+    target, draft = (torch.load(file_of(run, 0, folder), weights_only=False)["student"].eval()
+                     for run in (OURS, BASE["25 %"]))
+    length = int((data["human"][1][0] == -100).logical_not().int().argmax())
+    S.speculative_decode(target, draft, data["human"][0][:1, :length], n_rounds * (K + 1), K,
+                         on_round=lambda rows, proposal, n, token: rounds.append(
+                             (proposal.tokens[0].tolist(), int(n[0]), int(token[0]))))
+    rounds = rounds[:n_rounds]
+    for i, (drafted, n, token) in enumerate(rounds):
+        cells = [(v, "sky" if j < n else "grey") for j, v in enumerate(drafted)]
+        for j, (word, colour) in enumerate([*cells, (token, "orange")]):
+            x = j if j < K else K + 0.3
+            axis.bar(x, 0.86, 0.94, i - 0.43, color=COLOURS[colour])
+            text = repr(tokenizer.decode([word]))[1:-1].replace("$", "\\$").replace(" ", "␣")
+            axis.text(x, i, text, ha="center", va="center", size=13)
+        axis.text(K + 1.0, i, f"{n} + 1", va="center", size=14)
+    axis.set(xlim=(-0.6, K + 1.8), ylim=(len(rounds) - 0.4, -1.6), ylabel="round",
+             yticks=range(0, len(rounds), 2), yticklabels=range(1, len(rounds) + 1, 2),
+             xticks=[*range(K), K + 0.3], xticklabels=[*(f"draft {j + 1}" for j in range(K)),
+                                                       "target"])
+    for x, name, colour in ((-0.4, "stands", "sky"), (1.1, "rejected", "grey"),
+                            (2.8, "the target's own", "orange")):
+        axis.text(x, -1.0, name, va="center", bbox=dict(fc=COLOURS[colour], ec="none"))
+
+
+def plot_ablations(rows, folder, size, out):
+    """The README's pictures, from a sweep over all tables."""
+    os.makedirs(out, exist_ok=True)
+    at = functools.partial(os.path.join, out)
+    picture(at("weights.png"), draw_weights, 12, 6.5)
+    picture(at("attention_share.png"), lambda axis: draw_shares(axis, rows))
+    picture(at("curves.png"), lambda axes: draw_curves(axes.flat, rows), 12, 9, panels=2)
+    picture(at("speculation.png"), lambda axis: draw_trace(axis, folder, size), 9, 6.5)
+
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(description="Slow checks; the tests: pytest test_all.py")
     parser.add_argument("--bench", action="store_true", help="training forms against a token loop")
     parser.add_argument("--length", type=int, default=2048, help="tokens of --bench (2048)")
+    parser.add_argument("--ablate", action="store_true", help="the paper's Tables 6 to 9 at toy "
+                        "size, our own switches; resumes from ./ablate_run")
+    parser.add_argument("--only", metavar="TABLE", default="", help="of --ablate: 6, '7 left', ...")
+    parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
+    parser.add_argument("--plot", metavar="DIR", help="of --ablate: the README's pictures")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
-    if not args.bench:
-        parser.error("give --bench; the tests run with: python -m pytest test_all.py")
-    rows = bench(args.length)
-    if args.json:
+    if args.bench == args.ablate:
+        parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
+    if args.plot and (args.bench or args.only):
+        parser.error("--plot goes with --ablate and needs all of its tables")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
+    if args.plot:
+        plot_ablations(rows, "ablate_run", SIZE, args.plot)
+    if args.json and args.bench:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
 
