@@ -1493,6 +1493,7 @@ def shard(model):
         register_fsdp_forward_method(model, "trunk")
         with torch.no_grad():                       # FSDP wants the first call to be the root's
             hidden_states(model, torch.zeros(1, 1, dtype=torch.long))
+        model.reshard()
     return model
 
 
@@ -1677,7 +1678,7 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
 @contextmanager
 def compiled(modules, device, steps, seconds=None):
     """torch.compile for a CUDA stage long enough to repay it (a third of the time of a step on an
-    H200); plain modules again after it."""
+    H200) and is not sharded; plain modules again after it."""
     long = steps > 500 if seconds is None else seconds > 45
     chosen = list(modules) if device.type == "cuda" and long and world()[1] == 1 else []
     for module in chosen:
@@ -1750,9 +1751,9 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
             heads = [m.get_output_embeddings().weight for m in (student, teacher)]
             return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
 
+    parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
     with compiled(chain(student.model.layers, teacher.model.layers), device, steps,
                   options.get("seconds")):
-        parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
         return train(name, student, parameters, loss_of_step, steps, lr,
                      tokens_per_step=batch_size * tokens.shape[1], **options)
 

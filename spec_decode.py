@@ -41,6 +41,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.utils import cached_file
 
 import mamba_in_llama
 from mamba_in_llama import MixerCache, require
@@ -970,7 +971,8 @@ def load(name, device):
     require(name, "give --target DIR_OR_HUB_NAME")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if os.path.exists(os.path.join(name, "mamba_config.json")):
+        if cached_file(name, "mamba_config.json", _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False):    # directory or hub
             model = load_authors_checkpoint(name, dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
