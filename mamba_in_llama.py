@@ -674,8 +674,10 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
         return out
     first, wide = (counts[1] + counts[2])[:, None], torch.promote_types(u.dtype, torch.float32)
     row, t = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
-    slot = (first + t) % slots              # (b,W-1+T); before position 0 lie slots still zero
-    window = torch.cat([ring_u[row, slot[:, :W - 1]], u], 1).unfold(1, W, 1).to(wide)   # (b,T,c,W)
+    slot = (first + t) % slots                                          # (b,W-1+T)
+    old = ring_u[row, slot[:, :W - 1]]
+    old = old.masked_fill((first + t < 0)[:, :W - 1, None], 0)          # before position 0: zero
+    window = torch.cat([old, u], 1).unfold(1, W, 1).to(wide)            # (b,T,c,W)
     put(ring_u[..., None], (row, slot[:, W - 1:]), u[..., None],
         None if n_valid is None else t[W - 1:] < n_valid[:, None])
     out = (window * weight.to(wide)).sum(-1)
@@ -1942,7 +1944,7 @@ def sample_columns(model, cache, logits, n_new, l, end, temperature, top_k, ever
     ended = torch.zeros_like(token, dtype=torch.bool)
 
     def step():
-        top, words = logits.topk(min(top_k, logits.shape[1]))
+        top, words = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))    # 0: all
         p = (top.float() / temperature).softmax(-1)
         pick = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)   # draws from p
         token.copy_(words.gather(1, pick))
@@ -2365,6 +2367,7 @@ def main(argv=None):
         progress, cached = (Progress(args.out, args.save_every, args.resume),
                             os.path.join(args.out, "data.pt"))
         teacher, chat = load_teacher(args.teacher, device)
+        check_teacher(teacher, args.d_state)        # complain before an hour of sampling
         context = teacher.config.max_position_embeddings
         require(args.length <= context, f"--length {args.length} is longer than the teacher's "
                 f"context of {context}")
