@@ -2033,7 +2033,7 @@ def test_readme_commands_parse(words, tmp_path, monkeypatch):
 def test_readme_exercises_fit_the_files():
     """What an exercise replaces stands exactly once in its file."""
     with open(os.path.join(HERE, "README.md")) as file:
-        edits = re.findall(r"In `(\w+\.py)` replace `([^`]+)` by `([^`]+)`", file.read())
+        edits = re.findall(r"In `(\w+\.py)` replace `([^`]+)` by\s+`([^`]+)`", file.read())
     assert len(edits) >= 5
     for name, old, new in edits:
         with open(os.path.join(HERE, name)) as file:
