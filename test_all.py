@@ -1895,8 +1895,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     tokenizer, _ = M.tiny_world()
     for name in ("teacher", "mamba2", "mamba"):
-        # a teacher that says any word will also say the mark that begins an answer
-        model = toy_llama(vocab=len(tokenizer), width=32, sharp=0.0 if name == "teacher" else 8.0)
+        # a teacher unsure enough that 256 rows will also say the mark that begins an answer
+        model = toy_llama(vocab=len(tokenizer), width=32, sharp=1.0 if name == "teacher" else 8.0)
         model.config.max_position_embeddings = 1024     # --compare-teacher has long prompts
         if name != "teacher":
             model = M.convert_to_hybrid(model, [1, 3], name)
