@@ -43,6 +43,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -755,10 +756,13 @@ class MixerCache:
         self.columns = 0               # columns of input_ids taken in, padding included
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
         self.visible = max_length      # columns that attention reads; known to hold all positions
+        self.weights = {}              # by mixer layer A, dt_bias, D, made once: `Mixer.weights`
+        self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
         self.n_valid = None            # (b,) int32 real tokens per row of that call
 
     @classmethod
+    @torch.no_grad()
     def allocate(cls, student, batch_size, max_length=None, ring=16):
         """An empty cache for `batch_size` rows of any decoder, hybrid or plain.
 
@@ -779,7 +783,10 @@ class MixerCache:
                 shape = (batch_size, heads, max_length + 1, mixer.head_dim)
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
-        return cls(layers, counts, ring, max_length)
+        cache = cls(layers, counts, ring, max_length)
+        cache.weights = {i: layer.self_attn.weights() for i, layer in
+                         enumerate(student.model.layers) if isinstance(layer.self_attn, Mixer)}
+        return cache
 
     @property
     def length(self):
@@ -811,9 +818,9 @@ class MixerCache:
 
         k, v (b,G,T,head_dim) -> k, v (b,G,columns,head_dim); in prefill the new ones alone
         """
-        layer, rows = self.layers[layer_idx], torch.arange(k.shape[0], device=k.device)[:, None]
+        layer = self.layers[layer_idx]
         for kept, new in zip(layer, (k, v)):
-            kept[rows, :, self.positions] = new.transpose(1, 2)
+            kept[self.rows, :, self.positions] = new.transpose(1, 2)
         if self.columns == 0:
             return k, v
         return layer.k[:, :, : self.visible], layer.v[:, :, : self.visible]
@@ -897,46 +904,47 @@ def decode(model, tokens, cache, n_valid=None):
     check_vocabulary(model, tokens)
     require(T >= 1 and cache.open + T <= cache.ring, f"{cache.open} tokens since the last commit "
             f"and {T} more exceed the ring of {cache.ring}")
-    n_new = torch.full_like(length, T) if n_valid is None else n_valid.to(torch.int32)
     steps = torch.arange(T, device=tokens.device)
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
+    cache.n_valid = None if n_valid is None else n_valid.to(torch.int32)
+    cache.positions = positions.clamp(max=cache.max_length)
+    if n_valid is not None:                                     # the rest goes to the bin
+        cache.positions.masked_fill_(steps >= n_valid[:, None], cache.max_length)
     if cache.has_attention and not tokens.is_cuda:                             # a free host read
-        longest = int((length + pending + n_new).max())
+        longest = int((length + pending + (T if n_valid is None else n_valid)).max())
         require(longest <= cache.max_length, f"{longest} tokens do not fit the {cache.max_length} "
                 "that the attention layers' cache holds")
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
-    inside = (steps < n_new[:, None]) & (positions < cache.max_length)
-    cache.positions = positions.masked_fill(~inside, cache.max_length)
-    cache.n_valid = None if n_valid is None else n_new          # None: no row brings fewer
     cache.columns = max(cache.columns, 1)                                      # no longer empty
-    with grouped_attention(model.model.config):
+    with few_tokens(model, tokens):
         hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
                              attention_mask=decode_masks(model, positions, cache), use_cache=True)
-    flush = length - base + pending + T > cache.ring                           # as multi_step did
+        logits = model.get_output_embeddings()(hidden.last_hidden_state)
+    flush = positions[:, 0] - base > cache.ring - T                            # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
-    cache.counts[2] += n_new
+    cache.counts[2] += T if n_valid is None else cache.n_valid
     cache.open += T
-    return model.get_output_embeddings()(hidden.last_hidden_state)
+    return logits
 
 
 def decode_masks(model, positions, cache):
     """Who may look where: key s is visible to position t when s <= t (and inside the window).
 
-    positions (b,T) -> (b,1,T,columns) bool for sdpa, additive for eager; a dict of them by layer
-    type for models that mix full and sliding attention
+    positions (b,T) -> (b,1,T,columns) added to scores: 0 or -inf; a dict of them by layer type
+    for models that mix full and sliding attention
     """
     if not cache.has_attention:
         return None
     config, t = model.model.config, positions[:, None, :, None]
     keys = torch.arange(cache.visible, device=positions.device)
-    window = getattr(config, "sliding_window", None) or cache.max_length
-    masks = {"full_attention": keys <= t, "sliding_attention": (keys <= t) & (keys > t - window)}
-    if config._attn_implementation == "eager":
-        dtype = model.get_input_embeddings().weight.dtype
-        masks = {name: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(dtype).min) for name, mask in masks.items()}
+    window = getattr(config, "sliding_window", None)
+    masks = {"full_attention": keys <= t}
+    if window is not None:
+        masks["sliding_attention"] = (keys <= t) & (keys > t - window)
+    zero = torch.zeros((), device=keys.device, dtype=model.get_input_embeddings().weight.dtype)
+    masks = {name: torch.where(mask, zero, -math.inf) for name, mask in masks.items()}
     mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return masks if mixed else masks["sliding_attention"]
+    return masks if mixed else [*masks.values()][-1]
 
 
 def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
@@ -945,29 +953,59 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
     transformers would repeat K and V for every query head: sampling at batch 2048 took 41 ms a
     step with that, 19 with SDPA's kernels on groups (they copy K and V), see `sample` for ours.
 
-    q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) bool -> (b,T,H,d), None
+    q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) added -> (b,T,H,d), None
     """
     (b, H, T, d), G = q.shape, k.shape[1]
-    scores = (q * scaling).reshape(b, G, -1, d) @ k.mT                         # (b,G,H/G T,L)
-    scores = scores.unflatten(2, (-1, T)).masked_fill(~mask[:, :, None], -math.inf)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    p = scores.softmax(-1, dtype=wide).to(v.dtype).flatten(2, 3)
-    return (p @ v).reshape(b, H, T, d).transpose(1, 2), None
+    scores = (q.reshape(b, G, -1, d) @ k.mT).unflatten(2, (-1, T))             # (b,G,H/G,T,L)
+    p = torch.add(mask[:, :, None], scores, alpha=scaling).softmax(-1)
+    return (p.flatten(2, 3) @ v).reshape(b, H, T, d).transpose(1, 2), None
 
 
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
+def fused_rms_norm(norm, x):
+    """What transformers' RMSNorm classes compute, in one kernel instead of six. x (...,D)"""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def linear_in_blocks(linear, x):
+    """A linear layer for 4 to 15 rows on a CPU: a batch of products, each with 32 or fewer outputs.
+
+    MKL's product streams the weights at half the speed from 4 rows on: verifying 5 tokens of
+    SmolLM2 took 57 ms, 47 this way (one token: 37; 2 cores). x (...,k) -> (...,n)
+    """
+    n, k = linear.weight.shape
+    block = largest_divisor(n, 32)
+    rows = x.reshape(-1, k)
+    blocks = rows.expand(n // block, -1, -1) @ linear.weight.view(-1, block, k).mT     # (.,M,block)
+    y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
+    return y if linear.bias is None else y + linear.bias
+
+
+@lru_cache
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
 @contextmanager
-def grouped_attention(config):
-    """Within: attention layers call `attend_in_groups`, unless the user asked for "eager"."""
-    before = config._attn_implementation
-    if before != "eager":
-        config._attn_implementation = "attend_in_groups"
+def few_tokens(model, tokens):
+    """Within: transformers' classes compute the same with fewer kernels, or faster ones."""
+    config, norm = model.model.config, model.model.norm
+    swaps = [(config, "_attn_implementation", "attend_in_groups")]
+    if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
+        swaps.append((type(norm), "forward", fused_rms_norm))
+    if not tokens.is_cuda and 4 <= tokens.numel() < 16:
+        swaps.append((nn.Linear, "forward", linear_in_blocks))
+    before = [getattr(owner, name) for owner, name, _ in swaps]
     try:
+        for owner, name, new in swaps:
+            setattr(owner, name, new)
         yield
     finally:
-        config._attn_implementation = before
+        for (owner, name, _), old in zip(swaps, before):
+            setattr(owner, name, old)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -978,7 +1016,7 @@ def grouped_attention(config):
 def apply_rope(v, cos, sin):
     """Rotary embedding in Llama's half-split layout. v (b,l,heads,head_dim), cos (.,l,head_dim)"""
     first, second = v.chunk(2, -1)
-    return v * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+    return torch.addcmul(v * cos[:, :, None], torch.cat((-second, first), -1), sin[:, :, None])
 
 
 class Mixer(nn.Module):
@@ -1114,21 +1152,28 @@ class Mixer(nn.Module):
         proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
         """
         if self.per_channel:
-            x, B, C = convolved, proj[..., self.rows["B"]], proj[..., self.rows["C"]]
+            x, BC = convolved, proj[..., self.rows["B"].start: self.rows["C"].stop]
         else:
-            x, B, C = convolved.split([self.d_xb, self.d_xb, self.d_inner], -1)
-        B, C = (v.unflatten(-1, (-1, self.head_dim)) for v in (B, C))
+            x, BC = convolved.split([self.d_xb, self.d_xb + self.d_inner], -1)
+        BC = BC.unflatten(-1, (-1, self.head_dim))
         if self.config.rope:
-            B, C = (apply_rope(v, *position_embeddings) for v in (B, C))
+            BC = apply_rope(BC, *position_embeddings)
+        B, C = BC.tensor_split([self.d_xb // self.head_dim], 2)
         if self.config.scale_c:
             C = C * self.head_dim ** -0.5
         return (v.reshape(*proj.shape[:2], -1, self.N) for v in (x, B, C))
+
+    def weights(self):
+        """A (H,p',n'), dt_bias (H,p') and D (H,p') or None, at least fp32."""
+        wide = torch.promote_types(self.dt_bias.dtype, torch.float32)
+        dt_bias = self.dt_bias.to(wide).view(self.H, -1)
+        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)
+        return A, dt_bias, None if self.config.skip is None else self.D.to(wide).view(self.H, -1)
 
     def forward(self, hidden_states, position_embeddings=None, past_key_values=None,
                 token_mask=None, **kwargs):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
         cache, config, H = past_key_values, self.config, self.H
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
         if token_mask is not None:                  # padding: nothing enters the convolution
             proj = proj * token_mask[..., None]
@@ -1136,21 +1181,19 @@ class Mixer(nn.Module):
         x, B, C = self.heads_of(proj, self.convolve(raw, cache), position_embeddings)
         dt = proj[..., self.rows["dt"]]
         dt = (self.dt_proj(dt) if self.per_channel else dt).unflatten(-1, (H, -1))
-        dt_bias = self.dt_bias.to(wide).view(H, -1)                            # (H,p')
-        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)           # (H,p',n')
-        D = None if config.skip is None else self.D.to(wide).view(H, -1)
         z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (H, -1))
         if cache is not None and cache.columns > 0:                            # decoding
             *state, _ = cache.layers[self.layer_idx]
-            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.n_valid,
-                           cache.ring, self.runs)
+            y = multi_step(x, dt, B, C, *cache.weights[self.layer_idx], z, *state, cache.counts,
+                           cache.n_valid, cache.ring, self.runs)
         else:
+            A, dt_bias, D = self.weights()
             y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask)
             if cache is not None:                                              # prefill
                 self.remember(cache, state, raw)
         y = y.flatten(-2)                                                      # (b,l,d_inner)
         if config.norm:
-            heads = y.unflatten(-1, (-1, self.head_dim)).to(wide)
+            heads = y.unflatten(-1, (-1, self.head_dim)).to(self.weights()[1].dtype)
             y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
         return self.out_proj(y.to(hidden_states.dtype)), None
 
