@@ -285,15 +285,54 @@ def to_heads(v, H, runs):
     return v.reshape(b, l, H, n)
 
 
-def put(ring, index, new, valid):
-    """Write `new` (b,T,...) into the slots `index` of a ring, in place, where `valid` (b,T)."""
-    if valid is not None:
-        new = torch.where(valid[..., None, None], new, ring[index])
-    ring[index] = new.to(ring.dtype)
+@lru_cache
+def head_groups(H, G, runs):
+    """The group of each head, by `to_heads`. -> (H,1), on the CPU"""
+    return to_heads(torch.arange(G).view(1, 1, G, 1), H, runs).view(H, 1)
+
+
+class Replay(NamedTuple):
+    """Which tokens a decoding call goes through; on a CPU made once for all layers of the call.
+
+    R old tokens, at most, of each row since its checkpoint, and T new ones; their slots in the
+    rings, with as many before them as the convolution's window needs. A mask may be None: no token.
+    """
+
+    R: int
+    row: torch.Tensor                  # (b,1)
+    slot: torch.Tensor                 # (b,.+T), the last R + T are old and new tokens
+    new: torch.Tensor                  # (b,T) the slots of the new tokens
+    valid: torch.Tensor | None         # (b,T) new tokens that count
+    absent: torch.Tensor | None        # (b,R+T) tokens that the checkpoint holds already
+    fold: torch.Tensor | None          # (b,R) old tokens that enter the checkpoint: the flush
+    before: torch.Tensor | None        # (b,W-1+T) positions below 0 in the convolution's window
+
+
+def replay_plan(counts, n_valid, T, ring, slots, W=1):
+    """counts (3,b), n_valid (b,) or None, ring: see `multi_step`; W: the convolution's width."""
+    base, length, pending = counts[..., None].unbind()                  # (b,1) each
+    first, device = length + pending, counts.device
+    R = ring if counts.is_cuda else int((first - base).max())           # a host read is free here
+    reach = max(R, W - 1)
+    s = first + torch.arange(-reach, T, device=device)                  # (b,reach+T) positions
+    old, window = s[:, reach - R:], s[:, reach - W + 1:]
+    valid = None if n_valid is None else old[:, R:] < first + n_valid[:, None]
+    masks = old < base, (old[:, :R] < length) & (first - base + T > ring), window < 0
+    masks = (mask if mask.is_cuda or mask.any() else None for mask in masks)
+    row, slot = torch.arange(len(s), device=device)[:, None], s % slots
+    return Replay(R, row, slot, slot[:, reach:], valid, *masks)
+
+
+def put(ring, plan, new):
+    """Write `new` (b,T,...) into its slots of a ring, in place, where `plan.valid` (b,T)."""
+    at = plan.row, plan.new
+    if plan.valid is not None:
+        new = torch.where(plan.valid.view(*plan.valid.shape, *[1] * (new.ndim - 2)), new, ring[at])
+    ring[at] = new.to(ring.dtype)
 
 
 def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
-               n_valid=None, ring=16, runs=1, impl=None):
+               n_valid=None, ring=16, runs=1, impl=None, plan=None):
     """T tokens per row from a checkpoint `state` and a ring of the inputs since (Algorithm 2).
 
     Delta = softplus(dt + dt_bias); h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T;
@@ -318,64 +357,57 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     if use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
                                  counts, n_valid, ring, runs)
-    b, T, H = dt.shape[:3]
-    base, length, pending = counts[..., None].unbind()                  # (b,1) each
-    first, slots, wide = length + pending, ring_x.shape[1], state.dtype
-    R = ring if counts.is_cuda else int((first - base).max())          # a host read is free here
-    row, t = torch.arange(b, device=x.device)[:, None], torch.arange(T, device=x.device)
-    xs, Bs, ds = x, B, F.softplus(dt.to(wide) + dt_bias, threshold=40)
-    fold = torch.where(first - base + T > ring, length - base, 0)       # (b,1) tokens to fold
-    d_new, i = ds, torch.arange(R, device=x.device)
-    if R:                                                               # old tokens go in front
-        old = row, (base + i) % slots                                   # (b,R)
-        absent = (i >= first - base)[..., None, None]                   # Delta = 0: does nothing
-        ds = torch.cat([ring_dt[old].masked_fill(absent, 0), ds], 1)    # (b,R+T,H,p')
-        xs, Bs = torch.cat([ring_x[old], x], 1), torch.cat([ring_B[old], B], 1)
-    new, valid = (row, (first + t) % slots), None if n_valid is None else t < n_valid[:, None]
-    for ring_v, v in (ring_x, x), (ring_dt, d_new), (ring_B, B):
-        put(ring_v, new, v, valid)
-    u = to_heads(xs.to(wide), H, runs) * ds                             # Delta x (b,R+T,H,P)
+    T, H, wide = *C.shape[1:3], state.dtype
+    plan = plan or replay_plan(counts, n_valid, T, ring, ring_x.shape[1])
+    R, row, slot = plan.R, plan.row[..., None], plan.slot[:, None, -(plan.R + T):]      # (b,1,R+T)
+    delta = F.softplus(dt.to(wide) + dt_bias, threshold=40)
+    for ring_v, v in (ring_x, x), (ring_dt, delta), (ring_B, B):
+        put(ring_v, plan, v)
+    xs, delta, Bs = (v[row, slot, head_groups(H, v.shape[2], runs)].to(wide)    # (b,H,R+T,.)
+                     for v in (ring_x, ring_dt, ring_B))
+    if plan.absent is not None:
+        delta = delta.masked_fill(plan.absent[:, None, :, None], 0)
     form = parallel_form if A.shape[-1] == 1 else recurrent_form
-    y = form(u, ds, to_heads(Bs.to(wide), H, runs), C.to(wide), A.to(wide), state, i < fold)
+    y = form(xs * delta, delta, Bs, C.to(wide).transpose(1, 2), A.to(wide), state, R, plan.fold)
     if D is not None:
-        y = y + D * to_heads(x, H, runs)
+        y = torch.addcmul(y, D[:, None], xs[:, :, R:])                  # (b,H,T,P)
+    y = y.transpose(1, 2)
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
 
 
-def parallel_form(u, delta, B, C, A, state, fold):
+def parallel_form(u, delta, B, C, A, state, R, fold):
     """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s.
 
     The first R tokens are old ones; those marked in `fold` (b,R) also enter the state.
-    u (b,R+T,H,P)  delta (b,R+T,H,1)  B (b,R+T,H,N)  C (b,T,H,N) -> y (b,T,H,P)
+    u (b,H,R+T,P)  delta (b,H,R+T,1)  B (b,H,R+T,N)  C (b,H,T,N) -> y (b,H,T,P)
     """
-    R, T = fold.shape[1], C.shape[1]
-    u, B, C, log_decay = (v.transpose(1, 2) for v in (u, B, C, delta[..., 0] * A[:, 0, 0]))
-    cum = log_decay.cumsum(-1)                                          # (b,H,R+T)
-    cum_t = cum[..., R:, None]                                          # (b,H,T,1)
-    decay = (cum_t - cum[..., None, :]).clamp_(max=0).exp_()            # (b,H,T,R+T)
-    scores = C @ B.mT * decay
-    scores = scores if T == 1 else scores.tril(R)
-    y = scores @ u + cum_t.exp() * (C @ state.mT)                       # (b,H,T,P)
-    if R and (fold.is_cuda or fold.any()):                              # a flush is rare
+    (b, H, T), log_decay = C.shape[:3], delta[..., 0] * A[:, 0]
+    cum = log_decay.cumsum(-1).flatten(0, 1)                            # (b H,R+T)
+    u, B, C, h = (v.flatten(0, 1) for v in (u, B, C, state))            # products of 3-D tensors
+    cum_t = cum[:, R:, None]                                            # (b H,T,1)
+    scores = C.bmm(B.mT).mul_((cum_t - cum[:, None]).clamp_(max=0).exp_())      # (b H,T,R+T)
+    scores = scores if T == 1 else scores.tril_(R)
+    y = torch.addcmul(scores.bmm(u), cum_t.exp(), C.bmm(h.mT))          # (b H,T,P)
+    if R and fold is not None:                                          # a flush is rare
         log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
         total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
         weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
         state.mul_(total[..., None].exp())
-        state += (u[:, :, :R] * weight[..., None]).mT @ B[:, :, :R]     # (b,H,P,N)
-    return y.transpose(1, 2)
+        h += (u[:, :R] * weight.view(-1, R, 1)).mT.bmm(B[:, :R])        # (b H,P,N), a view of state
+    return y.view(b, H, T, -1)
 
 
-def recurrent_form(u, delta, B, C, A, state, fold):
+def recurrent_form(u, delta, B, C, A, state, R, fold):
     """Mamba: every state entry decays by itself, so token by token; shapes as above."""
-    R, h, kept, ys = fold.shape[1], state, state, []
-    for i, (u_i, d_i, B_i) in enumerate(zip(*(v.unbind(1) for v in (u, delta, B)))):
+    h, kept, ys = state, state, []
+    for i, (u_i, d_i, B_i) in enumerate(zip(*(v.unbind(2) for v in (u, delta, B)))):
         h = (d_i[..., None] * A).exp() * h + u_i[..., None] * B_i[..., None, :]   # (b,H,P,N)
-        if i < R:                                   # the checkpoint stops at the last folded token
+        if i >= R:
+            ys.append((h @ C[:, :, i - R, :, None])[..., 0])            # (b,H,P)
+        elif fold is not None:                      # the checkpoint stops at the last folded token
             kept = torch.where(fold[:, i, None, None, None], h, kept)
-        else:
-            ys.append((h @ C[:, i - R, :, :, None])[..., 0])            # (b,H,P)
     state.copy_(kept)
-    return torch.stack(ys, 1)
+    return torch.stack(ys, 2)
 
 
 @triton.jit
@@ -654,7 +686,7 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     return y
 
 
-def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None):
+def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None, plan=None):
     """The causal depthwise convolution of T new tokens, whose window reaches back into a ring.
 
     out_t = silu(bias + sum_w weight_w u_{t-W+1+w}); positions below 0 count as zero. ring_u holds
@@ -673,15 +705,13 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
                 u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
-    first, wide = (counts[1] + counts[2])[:, None], torch.promote_types(u.dtype, torch.float32)
-    row, t = torch.arange(b, device=u.device)[:, None], torch.arange(1 - W, T, device=u.device)
-    slot = (first + t) % slots                                          # (b,W-1+T)
-    old = ring_u[row, slot[:, :W - 1]]
-    old = old.masked_fill((first + t < 0)[:, :W - 1, None], 0)          # before position 0: zero
-    window = torch.cat([old, u], 1).unfold(1, W, 1).to(wide)            # (b,T,c,W)
-    put(ring_u[..., None], (row, slot[:, W - 1:]), u[..., None],
-        None if n_valid is None else t[W - 1:] < n_valid[:, None])
-    out = (window * weight.to(wide)).sum(-1)
+    plan = plan or replay_plan(counts, n_valid, T, 1, slots, W)
+    put(ring_u, plan, u)
+    window = ring_u[plan.row, plan.slot[:, -(W - 1 + T):]]              # (b,W-1+T,c)
+    if plan.before is not None:
+        window = window.masked_fill(plan.before[..., None], 0)
+    window = window.unfold(1, W, 1)                                     # (b,T,c,W)
+    out = (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
     out = out if bias is None else out + bias
     return (F.silu(out) if act else out).to(u.dtype)
 
@@ -757,6 +787,7 @@ class MixerCache:
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
         self.visible = max_length      # columns that attention reads; known to hold all positions
         self.weights = {}              # by mixer layer A, dt_bias, D, made once: `Mixer.weights`
+        self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
         self.n_valid = None            # (b,) int32 real tokens per row of that call
@@ -915,6 +946,10 @@ def decode(model, tokens, cache, n_valid=None):
         require(longest <= cache.max_length, f"{longest} tokens do not fit the {cache.max_length} "
                 "that the attention layers' cache holds")
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
+    mixers = [layer for layer in cache.layers if isinstance(layer, MixerState)]
+    if mixers and not tokens.is_cuda:
+        cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.ring,
+                                 mixers[0].ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     with few_tokens(model, tokens):
         hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
@@ -956,17 +991,20 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
     q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) added -> (b,T,H,d), None
     """
     (b, H, T, d), G = q.shape, k.shape[1]
-    scores = (q.reshape(b, G, -1, d) @ k.mT).unflatten(2, (-1, T))             # (b,G,H/G,T,L)
-    p = torch.add(mask[:, :, None], scores, alpha=scaling).softmax(-1)
-    return (p.flatten(2, 3) @ v).reshape(b, H, T, d).transpose(1, 2), None
+    scores = q.reshape(b * G, -1, d).bmm(k.flatten(0, 1).mT)                   # (b G,H/G T,L)
+    p = torch.add(mask[:, :, None], scores.view(b, G, -1, T, k.shape[2]), alpha=scaling).softmax(-1)
+    return p.view_as(scores).bmm(v.flatten(0, 1)).view(b, H, T, d).transpose(1, 2), None
 
 
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
 def fused_rms_norm(norm, x):
-    """What transformers' RMSNorm classes compute, in one kernel instead of six. x (...,D)"""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    """What transformers' RMSNorm classes compute: one kernel on CUDA instead of six. x (...,D)"""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)       # a CPU runs F.rms_norm as eight
+    return x * (norm.weight * (size * size / x.shape[-1] + norm.variance_epsilon).rsqrt())
 
 
 def linear_in_blocks(linear, x):
@@ -1140,7 +1178,7 @@ class Mixer(nn.Module):
         act = self.config.conv == "default"
         if cache is not None and cache.columns > 0:
             return conv_step(raw, weight, bias, cache.layers[self.layer_idx].ring_u, cache.counts,
-                             cache.n_valid, act)
+                             cache.n_valid, act, plan=cache.plan)
         # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
         past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
         out = bias + sum(past[:, w: w + raw.shape[1]] * weight[:, w] for w in range(self.d_conv))
@@ -1185,7 +1223,7 @@ class Mixer(nn.Module):
         if cache is not None and cache.columns > 0:                            # decoding
             *state, _ = cache.layers[self.layer_idx]
             y = multi_step(x, dt, B, C, *cache.weights[self.layer_idx], z, *state, cache.counts,
-                           cache.n_valid, cache.ring, self.runs)
+                           cache.n_valid, cache.ring, self.runs, plan=cache.plan)
         else:
             A, dt_bias, D = self.weights()
             y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask)
