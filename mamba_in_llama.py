@@ -45,6 +45,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -66,12 +67,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
 try:
     import triton
     import triton.language as tl
 except ImportError:                       # no Triton on this platform: the PyTorch forms serve
-    from types import SimpleNamespace
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=bool)
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -354,7 +355,7 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     z (b,T,H,P)  state (b,H,P,N)  ring_x (b,slots,Gx,P)  ring_dt (b,slots,H,p')
     ring_B (b,slots,Gb,N) -> y (b,T,H,P)
     """
-    if use_triton(impl, state):
+    if plan is None and use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
                                  counts, n_valid, ring, runs)
     T, H, wide = *C.shape[1:3], state.dtype
@@ -696,7 +697,7 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
     u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
     """
     (b, T, c), W, slots = u.shape, weight.shape[1], ring_u.shape[1]
-    if use_triton(impl, u):
+    if plan is None and use_triton(impl, u):
         assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
         out, u = torch.empty(b, T, c, dtype=u.dtype, device=u.device), rows(u[..., None])
         BC = 64 if b * c < 2 ** 17 else 256
@@ -946,14 +947,15 @@ def decode(model, tokens, cache, n_valid=None):
         require(longest <= cache.max_length, f"{longest} tokens do not fit the {cache.max_length} "
                 "that the attention layers' cache holds")
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
-    mixers = [layer for layer in cache.layers if isinstance(layer, MixerState)]
-    if mixers and not tokens.is_cuda:
+    mixer = next((layer for layer in cache.layers if isinstance(layer, MixerState)), None)
+    if mixer and not use_triton(None, mixer.state):
         cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.ring,
-                                 mixers[0].ring_u.shape[1], model.config.d_conv)
+                                 mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
-    with few_tokens(model, tokens):
+    with few_tokens(model, tokens), torch.inference_mode():       # which is 1.5 of 34 ms on a CPU
         hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
                              attention_mask=decode_masks(model, positions, cache), use_cache=True)
+    with few_tokens(model, tokens):                             # outside: ordinary tensors go out
         logits = model.get_output_embeddings()(hidden.last_hidden_state)
     flush = positions[:, 0] - base > cache.ring - T                            # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
@@ -999,6 +1001,12 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
+def rotate_together(q, k, cos, sin, *args):
+    """RoPE as transformers' Llama has it, for q and k at once. q, k (b,heads,T,d)"""
+    both = apply_rope(torch.cat([q, k], 1).transpose(1, 2), cos, sin).transpose(1, 2)
+    return both.split([q.shape[1], k.shape[1]], 1)
+
+
 def fused_rms_norm(norm, x):
     """What transformers' RMSNorm classes compute: one kernel on CUDA instead of six. x (...,D)"""
     if x.is_cuda or x.dtype != torch.float32:
@@ -1032,6 +1040,10 @@ def few_tokens(model, tokens):
     """Within: transformers' classes compute the same with fewer kernels, or faster ones."""
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
+    module = sys.modules[type(model.model).__module__]
+    rope = getattr(module, "apply_rotary_pos_emb", None)
+    if rope and rope.__code__.co_code == llama_rope.__code__.co_code:
+        swaps.append((module, "apply_rotary_pos_emb", rotate_together))
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
         swaps.append((type(norm), "forward", fused_rms_norm))
     if not tokens.is_cuda and 4 <= tokens.numel() < 16:
@@ -1067,7 +1079,10 @@ class Mixer(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.config, self.layer_idx, self.d_conv = config, layer_idx, config.d_conv
+        self.layer_idx, self.d_conv = layer_idx, config.d_conv
+        # a copy of our fields: reading one from a transformers config takes a microsecond
+        self.config = SimpleNamespace(
+            **{name: getattr(config, name) for name in HybridConfig.__annotations__})
         D, Q = config.hidden_size, config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or D // Q
         self.N = config.d_state or self.head_dim
