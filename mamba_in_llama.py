@@ -780,9 +780,9 @@ class MixerCache:
 
     is_compileable = False             # transformers: do not compile generate() around this
 
-    def __init__(self, layers, weights, counts, ring, max_length):
-        self.layers, self.weights = layers, weights    # weights: A, dt_bias, D by mixer layer
-        self.counts, self.ring, self.max_length = counts, ring, max_length
+    def __init__(self, layers, counts, ring, max_length):
+        self.layers, self.counts, self.ring, self.max_length = layers, counts, ring, max_length
+        self.weights = {}              # A, dt_bias, D by mixer layer, made at its first decoding
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids taken in, padding included
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
@@ -793,7 +793,6 @@ class MixerCache:
         self.n_valid = None            # (b,) int32 real tokens per row of that call
 
     @classmethod
-    @torch.no_grad()
     def allocate(cls, student, batch_size, max_length=None, ring=16):
         """An empty cache for `batch_size` rows of any decoder, hybrid or plain.
 
@@ -805,17 +804,16 @@ class MixerCache:
         weight = student.get_input_embeddings().weight
         like = dict(device=weight.device, dtype=weight.dtype)
         max_length = max_length or student.config.max_position_embeddings
-        layers, weights = [], {}
-        for i, mixer in enumerate(layer.self_attn for layer in student.model.layers):
+        layers = []
+        for mixer in (layer.self_attn for layer in student.model.layers):
             if isinstance(mixer, Mixer):
                 layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
-                weights[i] = mixer.weights()
             else:
                 heads = mixer.k_proj.out_features // mixer.head_dim
                 shape = (batch_size, heads, max_length + 1, mixer.head_dim)
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
-        return cls(layers, weights, counts, ring, max_length)
+        return cls(layers, counts, ring, max_length)
 
     @property
     def length(self):
@@ -1232,6 +1230,8 @@ class Mixer(nn.Module):
         z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (H, -1))
         if cache is not None and cache.columns > 0:                            # decoding
             *state, _ = cache.layers[self.layer_idx]
+            if self.layer_idx not in cache.weights:
+                cache.weights[self.layer_idx] = self.weights()
             y = multi_step(x, dt, B, C, *cache.weights[self.layer_idx], z, *state, cache.counts,
                            cache.n_valid, cache.ring, self.runs, plan=cache.plan)
         else:
@@ -1241,7 +1241,8 @@ class Mixer(nn.Module):
                 self.remember(cache, state, raw)
         y = y.flatten(-2)                                                      # (b,l,d_inner)
         if config.norm:
-            heads = y.unflatten(-1, (-1, self.head_dim)).to(self.weights()[1].dtype)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            heads = y.unflatten(-1, (-1, self.head_dim)).to(wide)
             y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
         return self.out_proj(y.to(hidden_states.dtype)), None
 
@@ -1262,8 +1263,7 @@ class Mixer(nn.Module):
         layer.state.copy_(state)
         n = min(self.d_conv - 1, l)
         slots = cache.n_valid.long()[:, None] - n + torch.arange(n, device=raw.device)   # (b,n)
-        row = torch.arange(len(raw), device=raw.device)[:, None]
-        layer.ring_u[row, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
+        layer.ring_u[cache.rows, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
 
 
 # ---------------------------------------------------------------------------------------------

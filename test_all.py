@@ -559,6 +559,25 @@ def test_cache_after_any_history_equals_fresh_prefill(mixer):
                 c.commit(torch.tensor([3, 1, 0]))
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@torch.no_grad()
+def test_decoding_swaps_compute_the_same_and_are_undone(kind):
+    """In float32, where norms, RoPE and products of 4 to 15 rows run as our own forms."""
+    student, tokens = make_student([1], kind=kind, layers=2, dtype=torch.float32), draw(1, 12)
+    attention = sys.modules[type(student.model).__module__]
+    owners = [(student.model.config, "_attn_implementation"), (attention, "apply_rotary_pos_emb"),
+              (type(student.model.norm), "forward"), (torch.nn.Linear, "forward")]
+    before = [getattr(*owner) for owner in owners]
+    with M.few_tokens(student, tokens):
+        assert all(getattr(*owner) != old for owner, old in zip(owners, before))
+    cache = M.MixerCache.allocate(student, 1, 64)
+    logits = [student.decode(part, cache) for part in tokens.split([7, 1, 4], 1)]
+    close(torch.cat(logits, 1), student(tokens).logits, 1e-4)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        student.decode(tokens + V, M.MixerCache.allocate(student, 1, 64))
+    assert [getattr(*owner) for owner in owners] == before
+
+
 @torch.no_grad()
 def test_cache_reset_and_reorder():
     student = make_student([1], "mamba2", layers=2)
