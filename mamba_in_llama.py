@@ -833,10 +833,11 @@ class MixerCache:
         cost a synchronisation.
         """
         n = torch.as_tensor(n_accepted, device=self.counts.device, dtype=torch.int32)
-        if not self.counts.is_cuda:
-            require(bool(((n >= 0) & (n <= self.counts[2])).all()), f"commit of {n.tolist()} "
-                    f"tokens, but {self.counts[2].tolist()} are pending")
-        self.counts[1] += n.clamp(min=0).minimum(self.counts[2])
+        stands = n.clamp(min=0).minimum(self.counts[2])
+        if not n.is_cuda:
+            require(bool((stands == n).all()), f"commit of {n.tolist()} tokens, but "
+                    f"{self.counts[2].tolist()} are pending")
+        self.counts[1] += stands
         self.counts[2].zero_()
         self.open = 0
 
