@@ -415,6 +415,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def upper(v):
+    """fp32 v cut to bf16's bits; rounding it would take a slow conversion."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(a, b, acc, TERMS: tl.constexpr):
     """acc + a @ b. An fp32 factor meets a bf16 one as TERMS bf16 parts of 8 bits each: one bf16 or
     TF32 product would leave an error of 1e-3 in the state."""
@@ -422,11 +428,11 @@ def product(a, b, acc, TERMS: tl.constexpr):
         return dot(a, b, acc)
     for _ in tl.static_range(TERMS):
         if a.dtype == tl.float32:
-            part = a.to(b.dtype)
-            acc, a = dot(part, b, acc), a - part.to(tl.float32)
+            part = upper(a)
+            acc, a = dot(part.to(b.dtype), b, acc), a - part
         else:
-            part = b.to(a.dtype)
-            acc, b = dot(a, part, acc), b - part.to(tl.float32)
+            part = upper(b)
+            acc, b = dot(a, part.to(a.dtype), acc), b - part
     return acc
 
 
@@ -448,59 +454,63 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     """BP channels of one head of one row; the state in chunks of BN columns.
 
     Token s since the checkpoint is row s of a tile of BR >= ring rows, first those of the ring,
-    then the new ones; output t is for row n_old + t. Everything is requested before anything is
-    used. Products have the BP channels as rows, so a warp's rows of the state stay its own.
+    then the new ones; output t belongs to row n_old + t. Rows too many repeat the last one, with
+    Delta = 0, so that no load needs a mask. Everything is requested before anything is used.
+    Products have the BP channels as rows, so a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     pending = tl.load(counts + 2 * b + row)
     DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
+    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
-    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
+    a, shift = tl.load(A + h), tl.load(bias + h)
     valid = T if n_valid is None else tl.load(n_valid + row)
-    row, real = row.to(tl.int64), (t < T)[:, None]                      # offsets pass 2^31
-    at, a = row * T + t, tl.load(A + h)                                 # (BT,) rows of the outputs
-    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n[None, :]      # (BP,BN)
-    C += at[:, None] * C_row + h * N + n[None, :]
+    row = row.to(tl.int64)                                              # offsets pass 2^31
+    x += row * T * x_row + group(h, H, GX, RUNS) * P
+    B += row * T * B_row + group(h, H, GB, RUNS) * N
+    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P
+    ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
+    dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
+    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
+    last = tl.minimum(t, T - 1)[:, None]
+    C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
     n_old = length + pending - base
 
     # 1. the flush: committed tokens enter the state, and the checkpoint moves behind them
     if n_old + T > ring:
-        old, slot = s < length - base, row * SLOTS + (base + s) % SLOTS
-        x_s = tl.load(ring_x + slot[:, None] * (GX * P) + gx[None, :], mask=old[:, None], other=0)
-        weight, keep = to_end(tl.load(ring_dt + slot * H + h, mask=old, other=0), a)
+        slot = (base + s) % SLOTS
+        x_s = tl.load(ring_x + slot[:, None] * (GX * P) + p[None, :])   # (BR,BP)
+        weight, keep = to_end(tl.where(s < length - base, tl.load(ring_dt + slot * H), 0), a)
         u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
-        old_B = ring_B + slot[:, None] * (GB * N) + gb[None, :]
+        old_B = ring_B + slot[:, None] * (GB * N) + n
         for i in range(0, N, BN):
-            in_n = (n < N - i)[None, :]
-            B_i = tl.load(old_B + i, mask=old[:, None] & in_n, other=0).to(DT)
+            in_n = True if N % BN == 0 else n < N - i
+            B_i = tl.load(old_B + i, mask=in_n, other=0).to(DT)
             h_i = tl.load(state + i, mask=in_n, other=0)
             tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
         tl.debug_barrier()                                              # it is read again below
         base, n_old = length, pending
-    slot, now = row * SLOTS + (base + s) % SLOTS, row * T + s - n_old   # (BR,)
-    old, new = s < n_old, (s >= n_old) & (s < n_old + T)
-    here = (old | new)[:, None]
-    x_s = tl.load(tl.where(old[:, None], ring_x + slot[:, None] * (GX * P), x + now[:, None] * x_row)
-                  + gx[None, :], mask=here, other=0)                    # (BR,BP)
-    B = tl.where(old[:, None], ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)
-    B += gb[None, :]                                                    # (BR,BN)
-    delta_s = tl.load(ring_dt + slot * H + h, mask=old, other=0)
-    dt_s = tl.load(dt + now * dt_row + h, mask=new, other=0).to(tl.float32) + tl.load(bias + h)
+    slot, now = (base + s) % SLOTS, tl.minimum(tl.maximum(s - n_old, 0), T - 1)     # (BR,)
+    old = s < n_old
+    x = tl.where(old[:, None], ring_x + slot[:, None] * (GX * P), x + now[:, None] * x_row)
+    x_s = tl.load(x + p[None, :])                                       # (BR,BP)
+    old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
     if z is not None:
-        gate = tl.load(z + at[:, None] * z_row + h * P + p[None, :], mask=real, other=0)
+        gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
+    B = tl.where(old[:, None], ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row) + n
 
     # h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
-        in_n = (n < N - i)[None, :]
+        in_n = True if N % BN == 0 else n < N - i
         h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
-        C_i = tl.load(C + i, mask=real & in_n, other=0).to(DT)          # (BT,BN)
-        B_i = tl.load(B + i, mask=here & in_n, other=0).to(DT)          # (BR,BN)
+        C_i = tl.load(C + i, mask=in_n, other=0).to(DT)                 # (BT,BN)
+        B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
         seen = product(h_i, tl.trans(C_i), seen, 2)
         scores = dot(B_i, tl.trans(C_i), scores)
-    delta = tl.where(new, softplus(dt_s), delta_s)                      # 0 in rows without a token
+    delta = tl.where(old, old_delta, softplus(dt_s.to(tl.float32) + shift))
+    delta = tl.where(s < n_old + T, delta, 0)
     decay = (delta * a)[:, None]
     causal = s[:, None] <= n_old + t[None, :]                           # (BR,BT)
     cum_s, cum_t = tl.cumsum(decay, 0), tl.sum(tl.where(causal, decay, 0), 0)[None, :]
@@ -514,18 +524,19 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
         out *= silu(gate.to(tl.float32))
-    tl.store(y + at[:, None] * (H * P) + h * P + p[None, :], out, mask=real)
+    y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
+    tl.store(y, out, mask=(t < T)[:, None])
 
     # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
-    new &= s < n_old + valid
+    new = (s >= n_old) & (s < n_old + valid)
     if is_first(h, H, GX, RUNS):
-        tl.store(ring_x + slot[:, None] * (GX * P) + gx[None, :], x_s, mask=new[:, None])
+        tl.store(ring_x + slot[:, None] * (GX * P) + p[None, :], x_s, mask=new[:, None])
     if split == 0:
-        tl.store(ring_dt + slot * H + h, delta, mask=new)
+        tl.store(ring_dt + slot * H, delta, mask=new)
         if is_first(h, H, GB, RUNS):
             for i in tl.range(0, N, BN, num_stages=1):
-                in_n = new[:, None] & (n < N - i)[None, :]
-                tl.store(ring_B + slot[:, None] * (GB * N) + i + gb[None, :],
+                in_n = new[:, None] & (n < N - i)
+                tl.store(ring_B + slot[:, None] * (GB * N) + i + n,
                          tl.load(B + i, mask=in_n, other=0), mask=in_n)
 
 
@@ -652,9 +663,8 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
-        BP, BR, BT = min(P & -P, 32), max(16, triton.next_power_of_2(ring)), max(
-            16, triton.next_power_of_2(T))
-        return (BP, min(BN, 32), BR, BT, 2, None, 4) if large else (
+        BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
+        return (min(P & -P, 32), min(BN, 32), BR, BT, 2, None, 4) if large else (
             min(P & -P, 16), BN, BR, BT, 1, None, 1)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
