@@ -427,11 +427,17 @@ def is_first(h, H, G, runs):
 def softplus(v):
     """max(v, 0) + log1p(exp(-|v|)), log1p as a series in e / (2 + e) <= 1/3: GPU logarithms are
     absolute to 2^-22, which a Delta of 0.001 would feel."""
-    e = tl.exp(-tl.abs(v))
+    e = tl.exp2(-1.4426950408889634 * tl.abs(v))
     r = e / (2 + e)
     q = r * r
     s = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
     return tl.maximum(v, 0) + 2 * r * s
+
+
+@triton.jit
+def silu(v):
+    """v sigmoid(v); exp2 is one instruction, exp takes care of denormal numbers first."""
+    return v / (1 + tl.exp2(-1.4426950408889634 * v))
 
 
 @triton.jit
@@ -443,6 +449,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def upper(v):
+    """fp32 v cut to bf16's bits; rounding it would take a slow conversion."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(a, b, acc, TERMS: tl.constexpr):
     """acc + a @ b. An fp32 factor meets a bf16 one as TERMS bf16 parts of 8 bits each: one bf16 or
     TF32 product would leave an error of 1e-3 in the state."""
@@ -450,18 +462,12 @@ def product(a, b, acc, TERMS: tl.constexpr):
         return dot(a, b, acc)
     for _ in tl.static_range(TERMS):
         if a.dtype == tl.float32:
-            part = a.to(b.dtype)
-            acc, a = dot(part, b, acc), a - part.to(tl.float32)
+            part = upper(a)
+            acc, a = dot(part.to(b.dtype), b, acc), a - part
         else:
-            part = b.to(a.dtype)
-            acc, b = dot(a, part, acc), b - part.to(tl.float32)
+            part = upper(b)
+            acc, b = dot(a, part.to(a.dtype), acc), b - part
     return acc
-
-
-@triton.jit
-def ring_slot(start, s, slots):
-    """The slot of token start + s without a division: start < slots, s <= slots."""
-    return tl.where(start + s < slots, start + s, start + s - slots)
 
 
 @triton.jit
@@ -474,191 +480,230 @@ def to_end(delta, a):
 
 @triton.jit
 def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-                  x_row, dt_row, B_row, C_row, z_row, slots, ring, T: tl.constexpr,
-                  GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                  N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                  BR: tl.constexpr):
-    """BP channels of one head of one row; the state in chunks of BN columns. BR >= ring.
+                  x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
+                  C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
+                  T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
+                  P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
+                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+    """BP channels of one head of one row; the state in chunks of BN columns.
 
-    Everything is requested before anything is used: first what the counts do not concern, then
-    the ring. Products have the BP channels as rows, so a warp's rows of the state stay its own.
+    Token s since the checkpoint is row s of a tile of BR >= ring rows, first those of the ring,
+    then the new ones; output t belongs to row n_old + t. Rows too many repeat the last one, with
+    Delta = 0, so that no load needs a mask. Everything is requested before anything is used.
+    Products have the BP channels as rows, so a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     pending = tl.load(counts + 2 * b + row)
-    BT: tl.constexpr = max(16, triton.next_power_of_2(T))
     DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)              # (BP,)  (BN,)
+    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
-    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS) * N + n
-    row, real = row.to(tl.int64), (t < T)[:, None]                      # offsets pass 2^31
-    at, a = row * T + t, tl.load(A + h)                                 # (BT,) rows of the inputs
+    a, shift = tl.load(A + h), tl.load(bias + h)
+    valid = T if n_valid is None else tl.load(n_valid + row)
+    row = row.to(tl.int64)                                              # offsets pass 2^31
+    x += row * T * x_row + group(h, H, GX, RUNS) * P
+    B += row * T * B_row + group(h, H, GB, RUNS) * N
+    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P
+    ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
+    dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
+    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
+    last = tl.minimum(t, T - 1)[:, None]
+    C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
+    n_old = length + pending - base
 
-    x_t = tl.load(x + at[:, None] * x_row + gx[None, :], mask=real, other=0)    # (BT,BP)
-    dt_t = tl.load(dt + at * dt_row + h, mask=t < T, other=0).to(tl.float32) + tl.load(bias + h)
+    # 1. the flush: committed tokens enter the state, and the checkpoint moves behind them
+    if n_old + T > ring:
+        slot = (base + s) % SLOTS
+        x_s = tl.load(ring_x + slot[:, None] * (GX * P) + p[None, :])   # (BR,BP)
+        weight, keep = to_end(tl.where(s < length - base, tl.load(ring_dt + slot * H), 0), a)
+        u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
+        old_B = ring_B + slot[:, None] * (GB * N) + n
+        for i in range(0, N, BN):
+            in_n = True if N % BN == 0 else n < N - i
+            B_i = tl.load(old_B + i, mask=in_n, other=0).to(DT)
+            h_i = tl.load(state + i, mask=in_n, other=0)
+            tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
+        tl.debug_barrier()                                              # it is read again below
+        base, n_old = length, pending
+    slot, now = (base + s) % SLOTS, tl.minimum(tl.maximum(s - n_old, 0), T - 1)     # (BR,)
+    old = s < n_old
+    x = tl.where(old[:, None], ring_x + slot[:, None] * (GX * P), x + now[:, None] * x_row)
+    x_s = tl.load(x + p[None, :])                                       # (BR,BP)
+    old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
     if z is not None:
-        gate = tl.load(z + at[:, None] * z_row + h * P + p[None, :], mask=real, other=0)
-    n_old, start = length + pending - base, base % slots
-    old, at_slot = s < n_old, row * slots + ring_slot(start, s, slots)  # (BR,)
-    delta_s = tl.load(ring_dt + at_slot * H + h, mask=old, other=0)
-    x_s = tl.load(ring_x + at_slot[:, None] * (GX * P) + gx[None, :], mask=old[:, None],
-                  other=0).to(DT)                                       # (BR,BP)
+        gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
+    B = tl.where(old[:, None], ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row) + n
 
-    # 1. h C_t and B_s . C_t, summed over chunks of the state; the flush writes the folded state
-    flush = n_old + T > ring
-    weight, keep = to_end(tl.where(s < length - base, delta_s, 0), a)
-    u = tl.trans(x_s.to(tl.float32) * weight[:, None])                  # (BP,BR)
-    delta = tl.where(t < T, softplus(dt_t), 0)                          # (BT,)
-    cum = tl.cumsum(delta * a)
-    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n[None, :]      # (BP,BN)
-    C += at[:, None] * C_row + h * N + n[None, :]
-    B += at[:, None] * B_row + gb[None, :]
-    old_B = ring_B + at_slot[:, None] * (GB * N) + gb[None, :]
-    seen = tl.zeros((BP, BT), tl.float32)
-    scores = tl.zeros((BT, BT), tl.float32)                             # (s,t)
-    old_scores = tl.zeros((BR, BT), tl.float32)
+    # h C_t and B_s . C_t, summed over chunks of the state
+    seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
-        in_n = (n < N - i)[None, :]
+        in_n = True if N % BN == 0 else n < N - i
         h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
-        C_i = tl.load(C + i, mask=real & in_n, other=0).to(DT)          # (BT,BN)
-        B_i = tl.load(B + i, mask=real & in_n, other=0)                 # (BT,BN)
-        old_i = tl.load(old_B + i, mask=old[:, None] & in_n, other=0).to(DT)    # (BR,BN)
+        C_i = tl.load(C + i, mask=in_n, other=0).to(DT)                 # (BT,BN)
+        B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
         seen = product(h_i, tl.trans(C_i), seen, 2)
-        scores = dot(B_i.to(DT), tl.trans(C_i), scores)
-        old_scores = dot(old_i, tl.trans(C_i), old_scores)
-        if flush:
-            tl.store(state + i, product(u, old_i, h_i * keep, 3), mask=in_n)
-    weight, keep = to_end(delta_s, a)                                   # of all tokens in the ring
-    seen = product(tl.trans(x_s), old_scores * weight[:, None], seen * keep, 2)
+        scores = dot(B_i, tl.trans(C_i), scores)
+    delta = tl.where(old, old_delta, softplus(dt_s.to(tl.float32) + shift))
+    delta = tl.where(s < n_old + T, delta, 0)
+    decay = (delta * a)[:, None]
+    causal = s[:, None] <= n_old + t[None, :]                           # (BR,BT)
+    cum_s, cum_t = tl.cumsum(decay, 0), tl.sum(tl.where(causal, decay, 0), 0)[None, :]
 
-    # 2. new tokens among themselves: sum_{s<=t} (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s + D x_t
-    scores *= tl.exp(tl.minimum(cum[None, :] - cum[:, None], 0)) * delta[:, None]
-    scores = tl.where(t[:, None] <= t[None, :], scores, 0)
+    # 2. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
+    scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
+    scores = tl.where(causal, scores, 0)
     if D is not None:
-        scores += tl.where(t[:, None] == t[None, :], tl.load(D + h), 0)
-    out = product(tl.trans(x_t.to(DT)), scores, seen * tl.exp(cum)[None, :], 2)
+        scores += tl.where(s[:, None] == n_old + t[None, :], tl.load(D + h), 0)
+    out = product(tl.trans(x_s.to(DT)), scores, seen * tl.exp(cum_t), 2)
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
-        out *= gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
-    tl.store(y + at[:, None] * (H * P) + h * P + p[None, :], out, mask=real)
+        out *= silu(gate.to(tl.float32))
+    y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
+    tl.store(y, out, mask=(t < T)[:, None])
 
     # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
-    fresh = t < (T if n_valid is None else tl.load(n_valid + row))
-    at_slot = row * slots + ring_slot(start, n_old + t, slots)          # (BT,)
+    new = (s >= n_old) & (s < n_old + valid)
     if is_first(h, H, GX, RUNS):
-        tl.store(ring_x + at_slot[:, None] * (GX * P) + gx[None, :], x_t, mask=fresh[:, None])
+        tl.store(ring_x + slot[:, None] * (GX * P) + p[None, :], x_s, mask=new[:, None])
     if split == 0:
-        tl.store(ring_dt + at_slot * H + h, delta, mask=fresh)
+        tl.store(ring_dt + slot * H, delta, mask=new)
         if is_first(h, H, GB, RUNS):
             for i in tl.range(0, N, BN, num_stages=1):
-                here = real & fresh[:, None] & (n < N - i)[None, :]
-                tl.store(ring_B + at_slot[:, None] * (GB * N) + i + gb[None, :],
-                         tl.load(B + i, mask=here, other=0), mask=here)
+                in_n = new[:, None] & (n < N - i)
+                tl.store(ring_B + slot[:, None] * (GB * N) + i + n,
+                         tl.load(B + i, mask=in_n, other=0), mask=in_n)
 
 
 @triton.jit
-def replay(h, a, ring_x, ring_dt, ring_B, in_n, start, first, last, slots, X: tl.constexpr,
-           W: tl.constexpr, Y: tl.constexpr, BR: tl.constexpr):
-    """The state h (BP,BN) after old tokens first..last-1, BR of them requested at once. Widths of
-    the rings: X, W, Y."""
+def load_n(v, n, N: tl.constexpr):
+    """Entries of v where n < N; N a power of two fills the tile and needs no mask."""
+    if N & (N - 1) == 0:
+        return tl.load(v)
+    return tl.load(v, mask=n < N, other=0)
+
+
+@triton.jit
+def store_n(v, value, n, N: tl.constexpr, real=True):
+    """The same for stores, and where `real`."""
+    if N & (N - 1) == 0:
+        tl.store(v, value, mask=real)
+    else:
+        tl.store(v, value, mask=real & (n < N))
+
+
+@triton.jit
+def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
+           SLOTS: tl.constexpr, X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr,
+           BR: tl.constexpr):
+    """The state h after old tokens first..last-1, BR of them requested at once. Widths of the
+    rings: X, W, Y."""
     while first < last:
         xs, ds, Bs = (), (), ()
         for i in tl.static_range(BR):
-            slot = ring_slot(start, tl.minimum(first + i, last - 1), slots)
+            slot = (base + tl.minimum(first + i, last - 1)) % SLOTS
             ds += (tl.load(ring_dt + slot * W),)                        # (BP,)
             xs += (tl.load(ring_x + slot * X),)                         # (BP,)
-            Bs += (tl.load(ring_B + slot * Y, mask=in_n, other=0),)     # (BP,BN)
+            Bs += (load_n(ring_B + slot * Y, n, N),)                    # (BP,NC,BN)
         for i in tl.static_range(BR):
             if first + i < last:
                 u = ds[i] * xs[i].to(tl.float32)
-                h = tl.exp2(ds[i][:, None] * a) * h + u[:, None] * Bs[i].to(tl.float32)
+                h = tl.exp2(ds[i][:, None, None] * a) * h + u[:, None, None] * Bs[i].to(tl.float32)
         first += BR
     return h
 
 
 @triton.jit
 def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-                 x_row, dt_row, B_row, C_row, z_row, slots, ring, T: tl.constexpr,
-                 GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                 N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BR: tl.constexpr):
+                 x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
+                 C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
+                 T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
+                 P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
+                 BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
     """BP channels, across heads, of one row, the recurrence in registers: per-channel decays leave
-    no matrix product. Inputs are requested BR tokens ahead."""
+    no matrix product. BR old tokens are requested at once, new ones BT tokens ahead.
+
+    The tile is (BP,NC,BN), N cut into NC pieces of BN: at BN = 4 (16 bytes) one thread holds all
+    of a channel, so that Delta and the gate are computed once and y needs no other thread.
+    """
     row, b = tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     pending = tl.load(counts + 2 * b + row)
-    j, n, row = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN), row.to(tl.int64)
+    NC: tl.constexpr = triton.next_power_of_2(N) // BN
+    j, row = tl.program_id(0) * BP + tl.arange(0, BP), row.to(tl.int64)
+    n = tl.arange(0, NC)[None, :, None] * BN + tl.arange(0, BN)[None, None, :]  # (1,NC,BN)
     h, p = j // P, j % P                                                # (BP,) head and channel
-    gx = group(h, H, GX, RUNS) * P + p
-    gb = group(h, H, GB, RUNS)[:, None] * N + n[None, :]                # (BP,BN)
-    in_n, tile = (n < N)[None, :], j[:, None] * N + n[None, :]
+    gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS)[:, None, None] * N + n
+    tile = j[:, None, None] * N + n                                     # (BP,NC,BN)
 
     # what does not depend on the counts is requested first
     state += row * (H * P * N) + tile
-    h_t = tl.load(state, mask=in_n, other=0, eviction_policy="evict_first")
-    a = tl.load(A + tile, mask=in_n, other=0) * 1.4426950408889634      # for exp2
-    x, dt, B = x + row * T * x_row + gx, dt + row * T * dt_row + j, B + row * T * B_row + gb
-    C += row * T * C_row + h[:, None] * N + n[None, :]
-    xs, ds, Bs, Cs = (), (), (), ()                                     # one entry per token
-    for t in tl.static_range(min(BR, T)):
-        xs += (tl.load(x + t * x_row),)                                 # (BP,)
-        ds += (tl.load(dt + t * dt_row),)                               # (BP,)
-        Bs += (tl.load(B + t * B_row, mask=in_n, other=0),)             # (BP,BN)
-        Cs += (tl.load(C + t * C_row, mask=in_n, other=0),)             # (BP,BN)
+    h_t, a = load_n(state, n, N), load_n(A + tile, n, N) * 1.4426950408889634   # for exp2
+    x, dt, y = x + row * T * x_row + gx, dt + row * T * dt_row + j, y + row * T * (H * P) + j
+    B, C = B + row * T * B_row + gb, C + row * T * C_row + h[:, None, None] * N + n
+    zs, xs, ds, Bs, Cs = (), (), (), (), ()                             # one entry per token
+    if z is not None:
+        z += row * T * z_row + j
     shift = tl.load(bias + j)
     skip = 0.0 if D is None else tl.load(D + j)
+    for t in tl.static_range(min(BT, T)):
+        xs += (tl.load(x + t * x_row),)                                 # (BP,)
+        ds += (tl.load(dt + t * dt_row),)                               # (BP,)
+        Bs += (load_n(B + t * B_row, n, N),)                            # (BP,NC,BN)
+        Cs += (load_n(C + t * C_row, n, N),)                            # (BP,NC,BN)
+        zs += (tl.load(z + t * z_row) if z is not None else 0,)         # (BP,)
 
     # 1. replay; a flush writes the state after the last committed token
-    ring_x, ring_B = ring_x + row * slots * (GX * P) + gx, ring_B + row * slots * (GB * N) + gb
-    ring_dt += row * slots * (H * P) + j
-    n_old, start = length + pending - base, base % slots
+    ring_x, ring_B = ring_x + row * SLOTS * (GX * P) + gx, ring_B + row * SLOTS * (GB * N) + gb
+    ring_dt += row * SLOTS * (H * P) + j
+    n_old = length + pending - base
     fold = tl.where(n_old + T > ring, length - base, 0)
     if fold > 0:
-        h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, start, base - base, fold, slots,
+        h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, base - base, fold, SLOTS,
                      GX * P, H * P, GB * N, BR)
-        tl.store(state, h_t, mask=in_n)
-    h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, start, fold, n_old, slots,
+        store_n(state, h_t, n, N)
+    h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, fold, n_old, SLOTS,
                  GX * P, H * P, GB * N, BR)
 
     # 2. the new tokens; each input enters the ring from one program, nobody reads that slot now
     valid = T if n_valid is None else tl.load(n_valid + row)
     for t in tl.static_range(T):
-        if t + BR < T:
-            xs += (tl.load(x + (t + BR) * x_row),)
-            ds += (tl.load(dt + (t + BR) * dt_row),)
-            Bs += (tl.load(B + (t + BR) * B_row, mask=in_n, other=0),)
-            Cs += (tl.load(C + (t + BR) * C_row, mask=in_n, other=0),)
+        if t + BT < T:
+            xs += (tl.load(x + (t + BT) * x_row),)
+            ds += (tl.load(dt + (t + BT) * dt_row),)
+            Bs += (load_n(B + (t + BT) * B_row, n, N),)
+            Cs += (load_n(C + (t + BT) * C_row, n, N),)
+            zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)
         delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
-        u = (delta * x_t)[:, None]
-        h_t = tl.exp2(delta[:, None] * a) * h_t + u * Bs[t].to(tl.float32)
-        out = tl.sum(h_t * Cs[t].to(tl.float32), 1) + skip * x_t     # (BP,)
+        u = (delta * x_t)[:, None, None]
+        h_t = tl.exp2(delta[:, None, None] * a) * h_t + u * Bs[t].to(tl.float32)
+        out = tl.sum(tl.sum(h_t * Cs[t].to(tl.float32), 2), 1) + skip * x_t     # (BP,)
         if z is not None:
-            gate = tl.load(z + (row * T + t) * z_row + j).to(tl.float32)
-            out *= gate * tl.sigmoid(gate)
-        tl.store(y + (row * T + t) * (H * P) + j, out)
+            out *= silu(zs[t].to(tl.float32))
+        tl.store(y + t * (H * P), out)
         if t < valid:
-            slot = ring_slot(start, n_old + t, slots)
+            slot = (base + n_old + t) % SLOTS
             tl.store(ring_dt + slot * (H * P), delta)
             tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
-            first = (is_first(h, H, GB, RUNS) & (p == 0))[:, None]
-            tl.store(ring_B + slot * (GB * N), Bs[t], mask=first & in_n)
+            first = is_first(h, H, GB, RUNS) & (p == 0)
+            store_n(ring_B + slot * (GB * N), Bs[t], n, N, first[:, None, None])
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
-    """BP, BN, BR, warps, register limit, stages of a launch: what was fastest on an H100.
+    """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
     mamba2 keeps to 32 rows of state and two warps: from 64 rows on Triton 3.6 takes Hopper's
     WGMMA, and the results came out wrong.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
-    if mamba2:
-        BP, BR = min(P & -P, 32), max(16, triton.next_power_of_2(ring))   # BP divides P: no mask
-        return (BP, min(BN, 32), BR, BP // 16, 168, min(5, 1 + -(-BN // 32))) if large else (
-            BP, min(BN, 64), BR, BP // 16, None, 3)
-    low, wanted = H * P & -(H * P), max(1, (1024 if large else 256) // BN)
-    BR = 1 if large else min(triton.next_power_of_2(ring), 16)
-    return min(low, wanted), BN, BR, 4, 80 if large else None, 1
+    if mamba2:                                     # BP divides P: no mask
+        BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
+        return (min(P & -P, 32), min(BN, 32), BR, BT, 2, None, 4) if large else (
+            min(P & -P, 16), BN, BR, BT, 1, None, 1)
+    BP = H * P & -(H * P)                          # a power of two that divides all channels
+    if large:
+        return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
+    return min(BP, max(1, 128 // BN)), BN, min(triton.next_power_of_2(ring), 8), 8, 1, None, 1
 
 
 def rows(v):
@@ -674,15 +719,16 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     H, N, mamba2 = C.shape[2], C.shape[3], A.shape[-1] == 1
     for v in (A, dt_bias, state, ring_x, ring_dt, ring_B, counts):
         assert v.is_contiguous(), "state, rings, counts and per-head weights must be contiguous"
-    BP, BN, BR, warps, registers, stages = tile_sizes(mamba2, b, H, P, N, T, ring)
-    kernel, grid = (mamba2_kernel, P // BP) if mamba2 else (mamba_kernel, H * P // BP)
+    *tile, warps, registers, stages = tile_sizes(mamba2, b, H, P, N, T, ring)
+    kernel, grid = (mamba2_kernel, P // tile[0]) if mamba2 else (mamba_kernel, H * P // tile[0])
     y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
+    x, B = x.to(ring_x.dtype), B.to(ring_B.dtype)
     new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
         kernel[grid, H if mamba2 else 1, b](
             *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts, n_valid,
-            *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, BP, BN, BR,
+            *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, *tile,
             num_warps=warps, maxnreg=registers, num_stages=stages)
     return y
 
