@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import cached_file
 
 import mamba_in_llama
-from mamba_in_llama import MixerCache, require
+from mamba_in_llama import AttentionState, MixerCache, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -65,22 +65,32 @@ class Sampling:
         require(self.top_k >= 0, f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
 
-    def probabilities(self, logits):
-        """What is sampled from. logits (..., V) -> p (..., V), at least fp32"""
-        wide = torch.promote_types(logits.dtype, torch.float32)
+    def shortlist(self, logits):
+        """The words that may be said, and how likely each is, at least in fp32.
+
+        The k best come first, so that all after it works on k numbers, not on a vocabulary: of
+        50 of 49152 words, say. words is None where all are kept as they stand.
+
+        logits (..., V) -> p (..., k), words (..., k) or None
+        """
+        V, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+        k, words = min(self.top_k or V, V), None
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(wide)
-        logits = logits.to(wide) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        p = logits.softmax(-1)
+            words = logits.argmax(-1, keepdim=True)
+            return torch.ones_like(words, dtype=wide), words
+        if k < V or self.top_p < 1:
+            logits, words = logits.topk(k)                  # the likeliest first
+        p = (logits.to(wide) / self.temperature).softmax(-1)
         if self.top_p < 1:
-            ordered, index = p.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered       # the likeliest token always stays
-            p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= self.top_p, 0))
+            before = p.cumsum(-1) - p                       # the likeliest token always stays
+            p = p.masked_fill(before >= self.top_p, 0)
             p = p / p.sum(-1, keepdim=True)
-        return p
+        return p, words
+
+    def probabilities(self, logits):
+        """What is sampled from. logits (..., V) -> p (..., V)"""
+        p, words = self.shortlist(logits)
+        return p if words is None else p.new_zeros(logits.shape).scatter(-1, words, p)
 
     def draw(self, p):
         """One token from each distribution: the first of V exponential clocks of rates p to ring.
@@ -92,7 +102,11 @@ class Sampling:
 
     def choose(self, logits):
         """logits (..., V) -> tokens (...)"""
-        return logits.argmax(-1) if self.temperature == 0 else self.draw(self.probabilities(logits))
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, words = self.shortlist(logits)
+        token = self.draw(p)
+        return token if words is None else words.gather(-1, token[..., None])[..., 0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +247,31 @@ def warm_up(function):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def drive(step, rows, first):
+def replays(step, cache, columns, generator):
+    """`step` as a CUDA graph: every `next` is a step. The first warms up and captures it instead.
+
+    A graph reads `cache.visible` columns of every row, written or not. So a step is captured anew
+    every `block` columns, which costs as much as reading 150 GB (60 ms of an H100): the fewest
+    bytes are read at sqrt(2 * 150e9 / bytes per column), 80 columns for 2048 rows of SmolLM2;
+    a single row needs one graph. columns: of the longest prompt
+    """
+    attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
+    per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
+    block = int((3e11 / max(per_column, 1)) ** 0.5)
+    cache.visible = min(cache.max_length, columns + block)
+    warm_up(step)                      # no row is alive yet: captures leave the rows as they are
+    while True:
+        graph = Captured(step, generator)
+        for _ in range(block - 1):
+            yield
+            graph()
+        yield
+        columns += block
+        cache.visible = min(cache.max_length, columns + block)
+        step()                         # loads what kernels this length needs
+
+
+def drive(step, rows, first, on_step=None):
     """Emit `first` (b,), then call `step` until every row has ended. -> DecodeResult
 
     On CUDA the host looks at the rows one call behind, while the next one already runs: it never
@@ -254,6 +292,8 @@ def drive(step, rows, first):
         step()
         if cuda:
             event.synchronize()
+        if on_step is not None:
+            on_step()
         running = bool(flag if cuda else rows.alive.any())
     seconds = max(time.perf_counter() - begin, 1e-9)
     rounds, row_rounds, drafted, accepted = rows.tally.tolist()
@@ -265,11 +305,12 @@ def drive(step, rows, first):
 
 @torch.no_grad()
 def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
-             eos_token_id=None, generator=None):
+             eos_token_id=None, generator=None, on_step=None):
     """Plain decoding, one token a step. The arguments are those of `speculative_decode`.
 
-    On CUDA the step is one captured graph. A ring of 1 is fastest where the state is written by
+    On CUDA the step is a captured graph. A ring of 1 is fastest where the state is written by
     tensor operations anyway; the kernel saves most of those writes with a ring of 16.
+    on_step: called after every step.
     """
     sampling = Sampling(temperature, top_k, top_p, generator)
     rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
@@ -282,10 +323,11 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
         rows.count()
         rows.append(sampling.choose(logits)[:, None], one)
 
-    if cuda:                           # no row is alive yet: captures leave `rows` as they are
-        warm_up(step)
-        step = Captured(step, generator)
-    return drive(step, rows, sampling.choose(decoder.prefill(padded, mask)))
+    run = step
+    if cuda:
+        run = partial(next, replays(step, decoder.cache, padded.shape[1], generator))
+        run()
+    return drive(run, rows, sampling.choose(decoder.prefill(padded, mask)), on_step)
 
 
 # ---------------------------------------------------------------------------------------------
