@@ -1918,7 +1918,7 @@ def test_command_tiny(home):
     code, out, err = spec_cli(home, "--tiny --max-new-tokens 16 --json t.json")
     assert code == 0, err
     rows = json.loads((home / "t.json").read_text())
-    assert len(rows) == 6 and all(r["identical"] == "yes" for r in rows[1:])
+    assert len(rows) == 6 and all(r["identical"] == "1 of 1" for r in rows[1:])
     assert "round  1:" in out and "speed-up" in out and "Traceback" not in err
 
 
@@ -1926,7 +1926,7 @@ def test_command_tiny(home):
 def test_command_decodes(home, draft):
     code, out, err = spec_cli(home, f"--target tiny_run/mamba2 --draft {draft} --lookahead 3 "
                                    "--prompt 'The import statement' --max-new-tokens 16")
-    assert code == 0 and out.rstrip().endswith("yes"), err
+    assert code == 0 and out.rstrip().endswith("1 of 1"), err
 
 
 def test_command_bench(home):
@@ -1937,8 +1937,8 @@ def test_command_bench(home):
 
 
 def test_command_needle(home):
-    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64,96 --depths "
-                                   "0,1 --trials 1")
+    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64 96 --depths "
+                                   "0 1 --trials 1")
     assert code == 0 and "cache of one row" in out, err
 
 
@@ -1950,8 +1950,9 @@ def test_command_compare_teacher(home):
 
 def test_command_make_draft(home):
     code, out, err = spec_cli(home, "--make-draft layers:0,2 --target tiny_run/teacher --out new "
-                                   "--rows 256 --length 48 --minutes 0.02")
+                                   "--rows 256 --length 48 --minutes 0.02 --max-new-tokens 8")
     assert code == 0 and (home / "new" / "config.json").exists(), err
+    assert re.search(r"fine-tuned .* (\d+) of \1\n", out), out
 
 
 WRONG = [("", "--target and --prompt"), ("--tiny --bench", "give one of"),
@@ -1963,7 +1964,9 @@ WRONG = [("", "--target and --prompt"), ("--tiny --bench", "give one of"),
          ("--target tiny_run/mamba2 --prompt x --temperature -1", "temperature"),
          ("--target tiny_run/mamba2 --prompt x --draft tiny_run/mamba --draft-words 0", "words"),
          ("--bench --sizes 9b", "9b"), ("--bench --simulate-acceptance 1.5", "1.5"),
-         ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "new or empty")]
+         ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "is not empty"),
+         ("--make-draft ngram:3 --target tiny_run/teacher --out x", "want layers:I,J"),
+         ("--tiny --rows 3", "unknown: --rows 3"), ("--needle --lengths 8", "at least 64")]
 
 
 @pytest.mark.parametrize("text, message", WRONG, ids=[t for t, _ in WRONG])
