@@ -920,25 +920,24 @@ def bench_kernel(args, device):
 
 
 def plot(rows, path):
-    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`; see README."""
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
-                         "lines.linewidth": 2.5, "lines.markersize": 8})
-    colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7"        # Okabe and Ito: colour-blind safe
+                         "lines.linewidth": 2.5, "lines.markersize": 8, "savefig.dpi": 100,
+                         "figure.constrained_layout.use": True})
+    colours = "#0072B2", "#D55E00"                      # Okabe and Ito: colour-blind safe
     if "layer" not in rows[0]:
-        figure, axis = plt.subplots(figsize=(11, 1.5 + 0.8 * len(rows)))
-        labels = [f"{r['target']}\n{r['draft']}, K = {r['K']}" for r in rows]
+        figure, axis = plt.subplots(figsize=(10, 2 + 0.7 * len(rows)))
+        labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
         axis.barh(labels, [r["speed_up"] for r in rows], color=colours[0], label="measured")
-        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=24, mew=3,
-                  label="paper")
-        axis.set(xlabel="speed-up over plain decoding")
-        axis.invert_yaxis()
-        figure.legend(loc="upper right", ncols=2)
+        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "|", ms=24, mew=4,
+                  color=colours[1], label="paper")
+        axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
     else:
         layers, batches = ({r[k]: 0 for r in rows} for k in ("layer", "batch"))
-        figure, axes = plt.subplots(-(-len(layers) // 2), 2, figsize=(12, 1.5 + 2 * len(layers)),
+        figure, axes = plt.subplots(-(-len(layers) // 2), 2, figsize=(11, 2 + 2 * len(layers)),
                                     sharex=True, squeeze=False)
         for axis, layer in zip(axes.flat, layers):
             for b, colour, mark in zip((min(batches), max(batches)), colours, "os"):
@@ -951,8 +950,8 @@ def plot(rows, path):
             axis.set(title=layer, yscale="log", xticks=(1, 4, 8, 12, 16), ylabel="µs per layer")
         for axis in axes[-1]:
             axis.set(xlabel="tokens T")
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path)
 
 
 # ---------------------------------------------------------------------------------------------
