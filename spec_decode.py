@@ -243,17 +243,20 @@ def warm_up(function):
     torch.cuda.current_stream().wait_stream(stream)
 
 
+CAPTURE_BYTES = 1.5e11               # an eager step and a capture: 60 ms, on an H100
+
+
 def replays(step, cache, columns, generator):
     """`step` as a CUDA graph: every `next` is a step. The first warms up and captures it instead.
 
-    A graph reads `cache.visible` columns of every row, written or not. So a step is captured anew
-    every `block` columns, which costs as much as reading 150 GB (60 ms of an H100): the fewest
-    bytes are read at sqrt(2 * 150e9 / bytes per column), 80 columns for 2048 rows of SmolLM2;
-    a single row needs one graph. columns: of the longest prompt
+    A graph reads `cache.visible` columns of every row, written or not; so a step is captured anew
+    every `block` columns. A capture takes as long as reading CAPTURE_BYTES, and a step reads
+    block / 2 columns too many: least is lost at sqrt(2 CAPTURE_BYTES / bytes per column), 80 for
+    2048 rows of SmolLM2; a single row needs one graph. columns: of the longest prompt
     """
     attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
     per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
-    block = int((3e11 / max(per_column, 1)) ** 0.5)
+    block = int((2 * CAPTURE_BYTES / max(per_column, 1)) ** 0.5)
     cache.visible = min(cache.max_length, columns + block)
     warm_up(step)                      # no row is alive yet: captures leave the rows as they are
     while True:

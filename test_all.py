@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy
@@ -1452,7 +1453,7 @@ def test_chat_labels_and_packs_answers_only(world):
 
 VS = 61
 SHARES = {1.0: [0, 1, 2, 3], 0.5: [1, 3], 0.25: [2], 0.0: []}
-DRAFTS = ["itself", "plain", "hybrid", "layers", "ngram", "right", "wrong", "random"]
+DRAFTS = ["itself", "plain", "hybrid", "layers", "words", "ngram", "right", "wrong", "random"]
 _models = {}
 
 
@@ -1518,6 +1519,7 @@ def draft_of(kind, target, answers):
     return {"itself": lambda: target, "plain": lambda: toy_llama(layers=2, seed=3).to(dtype),
             "hybrid": lambda: toy("mamba2", 0.5, dtype),
             "layers": lambda: S.LayerSubsetDraft(target, [0, 2, 3]),
+            "words": lambda: S.ModelDraft(toy_llama(seed=3).to(dtype), torch.arange(0, VS, 2)),
             "ngram": lambda: S.NGramDraft(2, 1)}[kind]()
 
 
@@ -1570,6 +1572,36 @@ def test_generate_equals_forward(mixer, share):
             with torch.no_grad():
                 assert int(target(torch.tensor([text])).logits[0, -1].argmax()) == token
             text.append(token)
+
+
+def test_replays_see_every_column(monkeypatch):
+    """A replay reads all that is written and at most a block more; the first call is no step."""
+    cache, steps, captured = SimpleNamespace(layers=[M.AttentionState(
+        *torch.zeros(2, 2, 3, 61, 4))], max_length=60, visible=60), [], []
+    monkeypatch.setattr(S, "CAPTURE_BYTES", 25 / 2 * (2 * 2 * 3 * 4 * 4))         # blocks of 5
+    monkeypatch.setattr(S, "warm_up", lambda step: None)
+    monkeypatch.setattr(S, "capture", lambda step, generator: captured.append(cache.visible) or (
+        functools.partial(step, cache.visible), None))
+    run = S.replays(lambda visible=None: steps.append(visible or cache.visible), cache, 7, None)
+    for n in range(60):
+        next(run)
+        assert len(steps) == n and captured[-1] == min(60, 12 + n // 5 * 5)
+    assert all(min(60, 7 + n) <= seen <= 7 + n + 5 for n, seen in enumerate(steps, 1))
+
+
+def test_sample_is_generate_in_batches():
+    """Rows end with the end token; a seed decides; a padded batch draws what its rows may say."""
+    target = toy("mamba2", 0.5, torch.float32)
+    prompts = [[i + 1] * (1 + i % 4) for i in range(7)]
+    free = M.sample(target, prompts, 20, None, batch_size=3, seed=5)
+    assert [len(row) for row in free] == [20] * 7
+    assert free == M.sample(target, prompts, 20, None, batch_size=3, seed=5)
+    assert free != M.sample(target, prompts, 20, None, batch_size=3, seed=6)
+    end = free[0][10]
+    ended = M.sample(target, prompts[:3], 20, end, batch_size=3, seed=5)
+    assert ended[0] == free[0][:free[0].index(end) + 1]
+    greedy = M.sample(target, prompts, 9, None, batch_size=4, top_k=1)
+    assert greedy == [row.tolist() for row in S.generate(target, prompts, 9).tokens]
 
 
 def test_hand_example():
@@ -2031,6 +2063,46 @@ def test_readme_commands_parse(words, tmp_path, monkeypatch):
     else:
         {"mamba_in_llama.py": M.parse_args, "spec_decode.py": S.parse_args,
          "test_all.py": parse_args}[program](argv)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_pipeline_without_this_project(home, share, tmp_path):
+    """A saved directory in a bare process: chat, a padded batch, beams and sampling as here."""
+    teacher = toy_llama(vocab=512, width=32, sharp=1.0)
+    model = M.convert_to_hybrid(teacher, [1, 3] if share else [])
+    tokenizer = AutoTokenizer.from_pretrained(home / "tiny_run" / "teacher")
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
+    M.save(model, SimpleNamespace(tokenizer=tokenizer), tmp_path / "saved")
+    script = """if True:
+        import importlib.util, json, transformers
+        assert not importlib.util.find_spec("mamba_in_llama")
+        pipe = transformers.pipeline("text-generation", "saved", trust_remote_code=True)
+        pipe.tokenizer.padding_side = "left"
+        def answer(text, **settings):
+            out = pipe(text, max_new_tokens=12, **settings)
+            return [row["generated_text"] for rows in out
+                    for row in (rows if isinstance(rows, list) else [rows])]
+        texts = ["The import statement", "A"]
+        chat = [{"role": "user", "content": "What is a list?"}]
+        print(json.dumps([answer(chat, do_sample=False)[0][-1]["content"],
+                          answer(texts, do_sample=False, batch_size=2),
+                          answer(texts, num_beams=3, do_sample=False, batch_size=2),
+                          answer(texts, do_sample=True, top_k=1, batch_size=2)]))
+        """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env=clean_environment(
+                              HF_HOME=str(tmp_path / "home"),
+                              HF_MODULES_CACHE=str(tmp_path / "modules")))
+    assert done.returncode == 0, done.stderr
+    chat, greedy, beams, sampled = json.loads(done.stdout.splitlines()[-1])
+    words = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    ids = [S.encode("What is a list?", tokenizer), *(
+        S.encode(text, tokenizer, raw=True) for text in ("The import statement", "A"))]
+    ours = [words(new) for new in S.generate(model, ids, 12, eos_token_id=2).tokens]
+    assert chat == ours[0] and greedy == [words(i) + a for i, a in zip(ids[1:], ours[1:])]
+    batch, mask = left_pad([row.tolist() for row in ids[1:]], 2)
+    out = model.generate(batch, attention_mask=mask, max_new_tokens=12, num_beams=3)
+    assert beams == [words(row) for row in out] and sampled == greedy
 
 
 def test_readme_exercises_fit_the_files():
