@@ -748,11 +748,11 @@ def clock(calls, cuda):
 def memory_bandwidth(device):
     """Bytes per second that this memory gives at best: the roof over every decoding step.
 
-    The best of three ways to stream through 1 GiB (CPU: 64 MiB), each ten times in a row and
+    The best of three ways to stream through 1 GiB (CPU: 256 MiB), each ten times in a row and
     repeated: a lone copy finds a GPU's clocks low, and copies are slower than reads.
     """
     cuda = device.type == "cuda"
-    a, b = (torch.ones(2 ** (28 if cuda else 24), device=device) for _ in "ab")
+    a, b = (torch.ones(2 ** (28 if cuda else 26), device=device) for _ in "ab")
     ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, lambda: a.sum())]
     return max(10 * passes * 4 * a.numel() / clock([f] * 10, cuda)
                for passes, f in ways for _ in range(3 if cuda else 1))
