@@ -33,7 +33,7 @@ import textwrap
 import time
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -1168,6 +1168,7 @@ def compare_teacher(args, device):
     hybrid, tokenizer = load(args.target, device)
     teacher, rows, n = load(args.compare_teacher, device)[0], [], max(1, args.max_new_tokens // 4)
 
+    @lru_cache                                          # once a prompt, not once a target
     def transformers_generate(prompt):
         spent = [seconds(lambda n_new=n_new: teacher.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
