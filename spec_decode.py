@@ -171,8 +171,8 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     """
     device, vocab = target.get_input_embeddings().weight.device, target.config.vocab_size
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
-    if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1:
-        input_ids = input_ids[None]
+    if isinstance(input_ids, torch.Tensor):
+        input_ids = torch.atleast_2d(input_ids.cpu())
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
     require(prompts, "input_ids holds no prompts")
     for i, p in enumerate(prompts):
@@ -447,17 +447,12 @@ def latest_match(tokens, length, n, least):
 
     tokens (b,width)  length (b,) -> (b,) index of the token that followed
     """
-    found = torch.zeros_like(length)
-    for size in range(n, least - 1, -1):
-        if size >= tokens.shape[1]:
-            continue
-        k = torch.arange(size, device=tokens.device)
-        suffix = tokens.gather(1, (length[:, None] - size + k).clamp(min=0))    # (b,size)
-        same = (tokens.unfold(1, size, 1) == suffix[:, None]).all(-1)           # (b,width-size+1)
-        end = torch.arange(size, tokens.shape[1] + 1, device=tokens.device)
-        end = torch.where(same & (end < length[:, None]), end, 0).amax(-1)
-        found = torch.where(found > 0, found, end)
-    return found
+    windows = F.pad(tokens, (n, 0), value=-1).unfold(1, n, 1)       # (b,width+1,n) the n before
+    suffix = windows[torch.arange(len(length), device=length.device), length]       # (b,n)
+    same = (windows == suffix[:, None]).flip(-1).long().cumprod(-1).sum(-1)     # (b,width+1) 0..n
+    end = torch.arange(windows.shape[1], device=tokens.device)
+    fits = (same >= least) & (end < length[:, None])                # a longer match, then a later
+    return torch.where(fits, same * len(end) + end, 0).amax(-1) % len(end)
 
 
 def LayerSubsetDraft(model, layers):
@@ -711,16 +706,17 @@ SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
           "8b": (4096, 14336, 32, 32, 8, 128256, False),              # Llama-3-8B
           "smollm2": (576, 1536, 30, 9, 3, 49152, True),              # SmolLM2-135M
           "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
-# target, its attention share, draft (shape and share, or layers), draft's words, K, and the
-# paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
-BENCH = [("2.8b", 0, ("130m", 0), None, 3, 3.9, 1.71), ("2.8b", 0, ("130m", 0), None, 4, 3.9, 1.85),
-         ("7b", 0, ("1b", 1), None, 3, 3.28, 1.95), ("7b", 0, ("1b", 1), None, 4, 3.6, 2.0),
-         ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
-         ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
-         ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88),
-         ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
-         ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
-         ("tiny", 0, ("nano", 1), None, 4, 3.6, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None)]
+# target, its attention share, draft (one of SHAPES, or the target's layers), draft's words, K, and
+# the paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
+BENCH = [("2.8b", 0, "130m", None, 3, 3.9, 1.71), ("2.8b", 0, "130m", None, 4, 3.9, 1.85),
+         ("7b", 0, "1b", None, 3, 3.28, 1.95), ("7b", 0, "1b", None, 4, 3.6, 2.0),
+         ("8b", 0.5, "layers:0,31", None, 4, 2.48, 1.8),
+         ("8b", 0.5, "layers:0,10,20,31", None, 4, 3.6, 1.6),
+         ("8b", 0.5, "layers:0,10,20,31", 32768, 4, 3.6, 1.6),
+         ("8b", 0.25, "layers:0,31", None, 4, 2.64, 1.88),
+         ("8b", 0.25, "layers:0,10,20,31", None, 4, 3.6, 1.58),
+         ("8b", 0.25, "layers:0,10,20,31", 32768, 4, 3.6, 1.58),
+         ("tiny", 0, "nano", None, 4, 3.6, None), ("tiny", 0.5, "layers:0,7", 1024, 4, 2.48, None)]
 
 
 def seconds(function, cuda):
@@ -781,7 +777,7 @@ def random_model(shape, share, device, dtype):
 
 def weight_bytes(model, words=None):
     """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
-    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head, table = model.lm_head.weight, model.get_input_embeddings().weight
     rest = sum(p.numel() * p.element_size() for p in model.parameters()
                if p is not head and p is not table)
     return rest + (words or len(head)) * head.shape[1] * head.element_size()
@@ -824,7 +820,7 @@ def bench(args, device):
             "2.8b,7b,8b,tiny")
     about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
              "torch": torch.__version__, "memory_bytes_per_s": memory_bandwidth(device)}
-    print(about, "random weights, SIMULATED acceptance", sep="\n")
+    print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
     print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
           f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
     prompt = torch.arange(1, 33, device=device)[None]
@@ -832,20 +828,20 @@ def bench(args, device):
         if shape not in sizes.split(","):
             continue
         if built != (shape, share):                     # one target in memory at a time
-            target, built = None, (shape, share)
+            target, draft, built = None, None, (shape, share)
             target = random_model(shape, share, device, dtype)
             plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
             one = step_seconds(target, 1, prompt)
-        layers = isinstance(spec, list)
-        draft = LayerSubsetDraft(target, spec) if layers else random_model(*spec, device, dtype)
+        if spec.startswith("layers:"):
+            draft = read_draft(spec, target, device, words)
+        else:                                           # 130m is pure Mamba, the others attention
+            draft = ModelDraft(random_model(spec, int(spec != "130m"), device, dtype))
         P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
-        fast = speculative_decode(
-            target, ModelDraft(draft, words and torch.arange(words, device=device)), prompt,
-            args.max_new_tokens, K, simulate=P)
-        weight, ratio = weight_bytes(target), weight_bytes(draft, words) / weight_bytes(target)
-        name = f"layers {','.join(map(str, spec))}" if layers else spec[0]
+        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
+        weight = weight_bytes(target)
+        ratio = weight_bytes(draft.model, words) / weight
         row = {"target": f"{shape} {share:.0%} attention", "K": K, "gen": fast.tokens_per_round,
-               "draft": name + (f", {words // 1024}k words" if words else ""),
+               "draft": spec + (f", {words // 1024}k words" if words else ""),
                "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
                "share_of_floor": plain * weight / about["memory_bytes_per_s"],
                "verify_over_step": step_seconds(target, K + 1, prompt) / one,
@@ -1063,14 +1059,14 @@ def encode(text, tokenizer, raw=False):
 
 
 def painter(tokenizer):
-    """An `on_round` that shows the first row's rounds as Figure 2 does: what stands, what falls,
+    """An `on_round` that shows the first 16 rounds as Figure 2 does: what stands, what falls,
     what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
         "{}", "[-{}-]", "{{+{}+}}")
 
     def show(rows, proposal, n, token):
-        if rows.alive[0]:
+        if rows.alive[0] and rows.tally[0] < 16:
             drafted, n = proposal.tokens[0].tolist(), int(n[0])
             words = [repr(tokenizer.decode(part))[1:-1]
                      for part in (drafted[:n], drafted[n:], [int(token[0])])]
@@ -1095,13 +1091,13 @@ def first_difference(target, prompt, plain, fast):
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
 
 
-def run(target, draft, args, ends, prompt, n_new=None, **more):
+def run(target, draft, args, ends, prompt, **more):
     """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
     more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
     if draft is not None:
         more |= dict(draft=draft, lookahead=args.lookahead)
     return (generate if draft is None else speculative_decode)(
-        target, input_ids=prompt, max_new_tokens=n_new or args.max_new_tokens, top_k=args.top_k,
+        target, input_ids=prompt, max_new_tokens=args.max_new_tokens, top_k=args.top_k,
         temperature=args.temperature, top_p=args.top_p, eos_token_id=ends, **more)
 
 
@@ -1138,11 +1134,10 @@ def compare(target, drafts, prompts, args, ends=None, **others):
 
 
 def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
-    """Decode a prompt with each draft, every round in a line, and print the answer."""
+    """Decode a prompt with each draft, a line for every round, and print the answer."""
     for name, draft in drafts.items():
         print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-        made = run(target, draft, args, ends, prompt, min(48, args.max_new_tokens),
-                   on_round=painter(tokenizer))
+        made = run(target, draft, args, ends, prompt, on_round=painter(tokenizer))
     print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
 
 
@@ -1268,7 +1263,8 @@ def parse_args(argv):
         more = {"action": "store_true"} if kind is bool else {
             "type": kind, "default": default, "nargs": "+" if isinstance(default, list) else None}
         parser.add_argument(f"--{name}", **more,
-                            help=text + (f" (default: {default})" if default else ""))
+                            help=text if default in (None, "") or kind is bool
+                            else f"{text} (default: {default})")
     parser.error = lambda message: require(False, message)      # one line, no usage
     args, args.rest = parser.parse_known_args(argv)
     require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
