@@ -24,16 +24,13 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 
 import argparse
 import copy
-import inspect
 import json
 import os
-import shlex
 import sys
-import textwrap
 import time
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -1141,45 +1138,6 @@ def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
     print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
 
 
-def trial_prompts():
-    """Ten prompts that ask for free text, and ten for text that repeats itself. -> two lists"""
-    free = [f"Tell me about {thing}." for thing in (
-        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
-    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
-    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
-             for f in code]
-    again += ["Go on with this list up to 40:\n" + "".join(
-        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9))
-        for word in ("apples", "pens", "dogs", "cups", "keys")]
-    return free, again
-
-
-def compare_teacher(args, device):
-    """--compare-teacher: 20 prompts, plain against ngram:3, and transformers' own generate. -> rows
-
-    Hybrid and teacher each are their own target; transformers decodes the teacher on the same
-    prompts, a quarter of the tokens. All times are without the prompt.
-    """
-    hybrid, tokenizer = load(args.target, device)
-    teacher, rows, n = load(args.compare_teacher, device)[0], [], max(1, args.max_new_tokens // 4)
-
-    @lru_cache                                          # once a prompt, not once a target
-    def transformers_generate(prompt):
-        spent = [seconds(lambda n_new=n_new: teacher.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
-            max_new_tokens=n_new, min_new_tokens=n_new), prompt.is_cuda) for n_new in (n + 1, 1)]
-        return DecodeResult([range(n + 1)], n, 0, 0, 1.0, spent[0] - spent[1], 0.0)
-
-    for kind, texts in zip(("free text", "text that repeats itself"), trial_prompts()):
-        prompts = [encode(text, tokenizer).to(device) for text in texts]
-        for name, model in ("hybrid", hybrid), ("teacher", teacher):
-            print(f"\n{name}, {len(prompts)} prompts for {kind}, {args.max_new_tokens} tokens")
-            rows += [{"target": name, "prompts": kind} | row for row in compare(
-                model, {"ngram:3": NGramDraft(3)}, prompts, args,
-                **{"transformers, teacher": transformers_generate})]
-    return rows
-
-
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
@@ -1224,7 +1182,7 @@ def make_draft(args, device):
     return rows + [{"step": step, "loss": loss} for step, loss in history]
 
 
-MODES = (tiny, bench, bench_kernel, needle, make_draft, compare_teacher)
+MODES = (tiny, bench, bench_kernel, needle, make_draft)
 FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "tiny": (bool, False, "every kind of draft on the hybrid in ./tiny_run"),
     "bench": (bool, False, "Tables 1 and 5: random weights, simulated acceptance"),
@@ -1232,8 +1190,6 @@ FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "needle": (bool, False, "Figure 4: needle in a haystack, and cache sizes"),
     "make-draft": (str, None, "layers:I,J: shrink and fine-tune --target; other flags as in "
                    "mamba_in_llama.py: --out DIR --minutes M --rows N --length N --batch N"),
-    "compare-teacher": (str, None, "directory or hub name: 20 prompts, --target and this teacher, "
-                        "plain and ngram:3, and transformers' generate"),
     "target": (str, None, "directory or hub name: a hybrid, a plain decoder, the authors' format"),
     "draft": (str, "ngram:3", "a directory, layers:0,10,20,29 or ngram:3"),
     "draft-words": (int, None, "cut the draft's head to the first so many words"),
@@ -1277,8 +1233,7 @@ def parse_args(argv):
     require(all(0 <= d <= 1 for d in args.depths), f"--depths {args.depths} are not within 0..1")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
     modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, "
-            "--make-draft, --compare-teacher")
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")

@@ -1,6 +1,7 @@
 """All tests of the project, on a CPU and without a network: python -m pytest test_all.py
 
     python test_all.py --bench          # training forms of both mixers against a loop over tokens
+    python test_all.py --compare-teacher DIR --target DIR      # 20 prompts, with and without drafts
     python test_all.py --ablate         # the paper's Tables 6 to 9 at toy size, and our switches
 
 Models have 2 to 4 layers of width 64 and mostly compute in float64, where two correct ways to the
@@ -17,6 +18,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -30,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -1974,10 +1977,12 @@ def test_command_needle(home):
     assert code == 0 and "cache of one row" in out, err
 
 
-def test_command_compare_teacher(home):
-    code, out, err = spec_cli(home, "--compare-teacher tiny_run/teacher --target tiny_run/mamba2 "
-                                   "--max-new-tokens 3")
-    assert code == 0 and out.count("10 of 10") == 4, err
+def test_command_compare_teacher(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    main(["--compare-teacher", "tiny_run/teacher", "--target", "tiny_run/mamba2", "--tokens", "3",
+          "--json", "c.json"])
+    assert capsys.readouterr().out.count("10 of 10") == 4
+    assert len(json.loads((home / "c.json").read_text())) == 12
 
 
 def test_command_make_draft(home):
@@ -2156,6 +2161,49 @@ def test_pictures_draw(tmp_path):
             for key, table in TABLES.items() for label, _, figure in table.rows]
     plot_ablations(rows, tmp_path, SMALLEST, tmp_path / "assets")
     assert len(list((tmp_path / "assets").glob("*.png"))) == 4
+
+
+# ---- --compare-teacher: what speculation brings a real model, and that it changes nothing ------
+
+
+def trial_prompts():
+    """Ten prompts that ask for free text, and ten for text that repeats itself. -> two lists"""
+    free = [f"Tell me about {thing}." for thing in (
+        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
+    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
+    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
+             for f in code]
+    again += ["Go on with this list up to 40:\n" + "".join(
+        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9))
+        for word in ("apples", "pens", "dogs", "cups", "keys")]
+    return free, again
+
+
+def compare_teacher(teacher, target, n_new):
+    """20 prompts, greedy: plain decoding, ngram:3, and transformers' own generate. -> rows
+
+    Hybrid and teacher each are their own target; transformers decodes the teacher on the same
+    prompts, a quarter of the tokens. All times are without the prompt.
+    """
+    args = S.parse_args(["--target", target, "--prompt", "-", "--max-new-tokens", str(n_new)])
+    device, n, rows = torch.device(DEVICE), max(1, n_new // 4), []
+    (hybrid, tokenizer), (teacher, _) = S.load(target, device), S.load(teacher, device)
+
+    @functools.lru_cache                                # once a prompt, not once a target
+    def transformers_generate(prompt):
+        spent = [S.seconds(lambda n_new=n_new: teacher.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
+            max_new_tokens=n_new, min_new_tokens=n_new), prompt.is_cuda) for n_new in (n + 1, 1)]
+        return S.DecodeResult([range(n + 1)], n, 0, 0, 1.0, spent[0] - spent[1], 0.0)
+
+    for kind, texts in zip(("free text", "text that repeats itself"), trial_prompts()):
+        prompts = [S.encode(text, tokenizer).to(device) for text in texts]
+        for name, model in ("hybrid", hybrid), ("teacher", teacher):
+            print(f"\n{name}, {len(prompts)} prompts for {kind}, {n_new} tokens")
+            rows += [{"target": name, "prompts": kind} | row for row in S.compare(
+                model, {"ngram:3": S.NGramDraft(3)}, prompts, args,
+                **{"transformers, teacher": transformers_generate})]
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2652,20 +2700,29 @@ def parse_args(argv):
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
     parser.add_argument("--plot", metavar="DIR", help="of --ablate: the README's pictures")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--compare-teacher", metavar="DIR", help="a teacher and its hybrid, "
+                        "--target, decode 20 prompts plainly, with ngram:3, and by transformers")
+    parser.add_argument("--target", metavar="DIR", help="of --compare-teacher: the hybrid")
+    parser.add_argument("--tokens", type=int, default=128, help="of --compare-teacher (128)")
     args = parser.parse_args(argv)
-    if args.bench == args.ablate:
-        parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
-    if args.plot and (args.bench or args.only):
+    if args.bench + args.ablate + bool(args.compare_teacher and args.target) != 1:
+        parser.error("give --bench, --ablate, or --compare-teacher and --target; the tests: "
+                     "python -m pytest test_all.py")
+    if args.plot and (not args.ablate or args.only):
         parser.error("--plot goes with --ablate and needs all of its tables")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
+    if args.ablate:
+        rows = ablate(args.only, args.seeds, json_file=args.json)
+    else:
+        rows = bench(args.length) if args.bench else compare_teacher(
+            args.compare_teacher, args.target, args.tokens)
     if args.plot:
         plot_ablations(rows, "ablate_run", SIZE, args.plot)
-    if args.json and args.bench:
+    if args.json and not args.ablate:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
 
