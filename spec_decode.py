@@ -1084,7 +1084,7 @@ def first_difference(target, prompt, plain, fast):
     n = min(len(plain), len(fast))
     i = int((plain[:n] != fast[:n]).int().argmax())
     hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
-    a, b = target.get_output_embeddings()(hidden)[[plain[i], fast[i]]].tolist()
+    a, b = target.get_output_embeddings()(hidden)[torch.stack([plain[i], fast[i]])].tolist()
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
 
 
@@ -1105,28 +1105,28 @@ def compare(target, drafts, prompts, args, ends=None, **others):
     """
     ways = {name: partial(run, target, draft, args, ends)
             for name, draft in ({"none": None} | drafts).items()} | others
-    results, table = {name: [] for name in ways}, []
-    for prompt in prompts:                              # in turn: all see the same machine
-        for name, way in ways.items():
-            results[name].append(way(prompt))
+    # in turn: all of them see the same machine
+    results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
     print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
           "  identical to plain decoding")
-    for name, made in results.items():
+    table = []
+    for name, made in zip(ways, results):
         spent, drafted, accepted, rounds = (sum(getattr(r, field) for r in made) for field in (
             "seconds", "drafted", "accepted", "rounds"))
-        rate = sum(len(r.tokens[0]) - 1 for r in made) / spent
-        parted = [] if name not in drafts or args.temperature else [
-            f"prompt {i}, {difference}" for i, (prompt, plain, r) in enumerate(zip(
-                prompts, results["none"], made)) if (difference := first_difference(
-                    target, prompt, plain.tokens[0], r.tokens[0]))]
-        same = f"{len(made) - len(parted)} of {len(made)}" if name in drafts else ""
-        table.append({"draft": name, "K": args.lookahead if name in drafts else 0,
-                      "gen": (rounds + accepted) / max(1, rounds), "tokens_per_s": rate,
-                      "acceptance": accepted / max(1, drafted), "differences": parted,
-                      "speed_up": rate / (table or [{"tokens_per_s": rate}])[0]["tokens_per_s"],
-                      "identical": "(sampled)" if args.temperature and same else same})
+        row = {"draft": name, "K": 0, "gen": (rounds + accepted) / max(1, rounds),
+               "acceptance": accepted / max(1, drafted), "identical": "", "differences": [],
+               "tokens_per_s": sum(len(r.tokens[0]) - 1 for r in made) / spent}
+        if name in drafts and args.temperature:
+            row |= {"K": args.lookahead, "identical": "(sampled)"}
+        elif name in drafts:
+            parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
+                      for prompt, plain, r in zip(prompts, results[0], made)]
+            row |= {"K": args.lookahead, "identical": f"{parted.count(None)} of {len(parted)}",
+                    "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
+        table.append(row)
+        row["speed_up"] = row["tokens_per_s"] / table[0]["tokens_per_s"]
         print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
-              "{identical}".format(**table[-1]), *parted, sep="\n    ", flush=True)
+              "{identical}".format(**row), *row["differences"], sep="\n    ", flush=True)
     return table
 
 

@@ -1731,6 +1731,19 @@ def test_state_after_rejection(mixer, share):
                 assert torch.allclose(ours.state[i], theirs.state[0], rtol=1e-9, atol=1e-9)
 
 
+def test_first_difference_names_the_token_and_the_gap():
+    target, prompt = toy("mamba2", 0.5), torch.tensor([1, 2, 3])
+    plain = S.generate(target, prompt, 6).tokens[0]
+    assert S.first_difference(target, prompt, plain, plain.clone()) is None
+    other = plain.clone()
+    other[4] = (other[4] + 1) % VS
+    with torch.no_grad():
+        logits = target(torch.cat([prompt, plain[:4]])[None]).logits[0, -1]
+    gap = f"{abs(float(logits[plain[4]] - logits[other[4]])):.2g}"
+    assert S.first_difference(target, prompt, plain, other) == (
+        f"token 4 differs, its two logits are {gap} apart")
+
+
 def test_latest_match():
     """ab?ab: the last two words occurred at 0..1, and 2 followed; nothing matches 9."""
     tokens = torch.tensor([[7, 8, 1, 7, 8, 0, 0], [1, 2, 3, 4, 9, 0, 0], [5, 5, 5, 0, 0, 0, 0]])
@@ -1962,6 +1975,12 @@ def test_command_decodes(home, draft):
     code, out, err = spec_cli(home, f"--target tiny_run/mamba2 --draft {draft} --lookahead 3 "
                                    "--prompt 'The import statement' --max-new-tokens 16")
     assert code == 0 and out.rstrip().endswith("1 of 1"), err
+
+
+def test_command_samples(home):
+    code, out, err = spec_cli(home, "--target tiny_run/mamba2 --draft layers:0,3 --temperature 0.9 "
+                                   "--top-k 20 --prompt 'The import statement' --max-new-tokens 9")
+    assert code == 0 and out.rstrip().endswith("(sampled)"), err
 
 
 def test_command_bench(home):
