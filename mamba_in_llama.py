@@ -2046,64 +2046,24 @@ class Chat:
         return tokens, labels
 
 
-@torch.no_grad()
 def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50, seed=0,
            name="sampling"):
     """The model's own continuations of `prompts` (lists of ids), up to and with `end` (or None).
 
     -> list of lists of ids, without the prompts
     """
-    device, answers = model.get_input_embeddings().weight.device, []
-    torch.manual_seed(seed)
+    generate = __import__("spec_decode").generate   # see the end of this file for the reason
+    draw = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
     bar = progress_bar(None, name, total=len(prompts) * n_new, unit="token", unit_scale=True)
+    answers = []
     for i in range(0, len(prompts), batch_size):
         part = prompts[i:i + batch_size]
-        l = max(map(len, part))
-        tokens = torch.tensor([[0] * (l - len(p)) + list(p) for p in part], device=device)
-        mask = torch.tensor([[0] * (l - len(p)) + [1] * len(p) for p in part], device=device)
-        cache = MixerCache.allocate(model, len(part), l + n_new, ring=1)
-        logits = prefill(model, tokens, cache, mask)[:, -1]                    # (b,V)
-        for out in sample_columns(model, cache, logits, n_new, l, end, temperature, top_k):
-            tokens = torch.cat([tokens, out], 1)
-            bar.update(out.numel())
-        answers += [row[:row.index(end) + 1] if end in row else row
-                    for row in tokens[:, l:].tolist()]
+        made = generate(model, part, n_new, temperature, top_k, eos_token_id=end, generator=draw,
+                        on_step=lambda: bar.update(len(part)))
+        answers += [tokens.tolist() for tokens in made.tokens]
+        bar.n = len(answers) * n_new                                # rows that ended early
     bar.close()
     return answers
-
-
-def sample_columns(model, cache, logits, n_new, l, end, temperature, top_k, every=32):
-    """Sample up to n_new tokens per row, `every` at a time, until all rows have said `end`.
-
-    On CUDA each block replays one captured step, which reads no more of the attention's cache
-    than the block can reach. logits (b,V) of a prompt of l columns -> yields tokens (b,every)
-    """
-    token, one = torch.zeros_like(logits[:, :1], dtype=torch.long), torch.ones_like(cache.counts[0])
-    ended = torch.zeros_like(token, dtype=torch.bool)
-
-    def step():
-        top, words = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))    # 0: all
-        p = (top.float() / temperature).softmax(-1)
-        pick = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)   # draws from p
-        token.copy_(words.gather(1, pick))
-        logits.copy_(decode(model, token, cache)[:, 0])
-        cache.commit(one)
-
-    for first in range(0, n_new, every):
-        columns, run = [], step
-        cache.visible = min(cache.max_length, l + first + every)
-        for t in range(min(every, n_new - first)):
-            if t == 1 and token.is_cuda:            # the first step of a block warmed things up
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                run, cache.open = graph.replay, 0
-            run()
-            columns.append(token.clone())
-        yield torch.cat(columns, 1)
-        ended |= (torch.cat(columns, 1) == end).any(1, keepdim=True) if end is not None else False
-        if ended.all():
-            break
 
 
 def preference_pairs(chat, tokens, labels, length):

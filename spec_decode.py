@@ -24,13 +24,11 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 
 import argparse
 import copy
-import inspect
 import json
 import os
-import shlex
 import sys
-import textwrap
 import time
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import cached_file
 
 import mamba_in_llama
-from mamba_in_llama import MixerCache, require
+from mamba_in_llama import AttentionState, MixerCache, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -65,22 +63,32 @@ class Sampling:
         require(self.top_k >= 0, f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
 
-    def probabilities(self, logits):
-        """What is sampled from. logits (..., V) -> p (..., V), at least fp32"""
-        wide = torch.promote_types(logits.dtype, torch.float32)
+    def shortlist(self, logits):
+        """The words that may be said, and how likely each is, at least in fp32.
+
+        The k best come first, so that all after it works on k numbers, not on a vocabulary: of
+        50 of 49152 words, say. words is None where all are kept as they stand.
+
+        logits (..., V) -> p (..., k), words (..., k) or None
+        """
+        V, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+        k, words = min(self.top_k or V, V), None
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(wide)
-        logits = logits.to(wide) / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        p = logits.softmax(-1)
+            words = logits.argmax(-1, keepdim=True)
+            return torch.ones_like(words, dtype=wide), words
+        if k < V or self.top_p < 1:
+            logits, words = logits.topk(k)                  # the likeliest first
+        p = (logits.to(wide) / self.temperature).softmax(-1)
         if self.top_p < 1:
-            ordered, index = p.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered       # the likeliest token always stays
-            p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= self.top_p, 0))
+            before = p.cumsum(-1) - p                       # the likeliest token always stays
+            p = p.masked_fill(before >= self.top_p, 0)
             p = p / p.sum(-1, keepdim=True)
-        return p
+        return p, words
+
+    def probabilities(self, logits):
+        """What is sampled from. logits (..., V) -> p (..., V)"""
+        p, words = self.shortlist(logits)
+        return p if words is None else p.new_zeros(logits.shape).scatter(-1, words, p)
 
     def draw(self, p):
         """One token from each distribution: the first of V exponential clocks of rates p to ring.
@@ -92,7 +100,11 @@ class Sampling:
 
     def choose(self, logits):
         """logits (..., V) -> tokens (...)"""
-        return logits.argmax(-1) if self.temperature == 0 else self.draw(self.probabilities(logits))
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, words = self.shortlist(logits)
+        token = self.draw(p)
+        return token if words is None else words.gather(-1, token[..., None])[..., 0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,8 +168,8 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     """
     device, vocab = target.get_input_embeddings().weight.device, target.config.vocab_size
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
-    if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 1:
-        input_ids = input_ids[None]
+    if isinstance(input_ids, torch.Tensor):
+        input_ids = torch.atleast_2d(input_ids.cpu())
     prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
     require(prompts, "input_ids holds no prompts")
     for i, p in enumerate(prompts):
@@ -208,19 +220,14 @@ class Decoder:
         return self._decode(tokens, self.cache, n_valid)
 
 
-class Captured:
-    """A function of static tensors as a CUDA graph; a call replays it, its result stays put."""
-
-    def __init__(self, function, generator=None):
-        self.graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
-            self.result = function()
-
-    def __call__(self):
-        self.graph.replay()
-        return self.result
+def capture(function, generator=None):
+    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)"""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
 
 
 def warm_up(function):
@@ -233,7 +240,34 @@ def warm_up(function):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def drive(step, rows, first):
+CAPTURE_BYTES = 1.5e11               # read in the time of a capture (estimate: 60 ms, 2.5 TB/s)
+
+
+def replays(step, cache, columns, generator):
+    """`step` as a CUDA graph: every `next` is a step. The first warms up and captures it instead.
+
+    A graph reads `cache.visible` columns of every row, written or not; so a step is captured anew
+    every `block` columns. A capture takes as long as reading CAPTURE_BYTES, and a step reads
+    block / 2 columns too many: least is lost at sqrt(2 CAPTURE_BYTES / bytes per column), 80 for
+    2048 rows of SmolLM2; a single row needs one graph. columns: of the longest prompt
+    """
+    attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
+    per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
+    block = int((2 * CAPTURE_BYTES / max(per_column, 1)) ** 0.5)
+    cache.visible = min(cache.max_length, columns + block)
+    warm_up(step)                      # no row is alive yet: captures leave the rows as they are
+    while True:
+        replay, _ = capture(step, generator)
+        for _ in range(block - 1):
+            yield
+            replay()
+        yield
+        columns += block
+        cache.visible = min(cache.max_length, columns + block)
+        step()                         # loads what kernels this length needs
+
+
+def drive(step, rows, first, on_step=None):
     """Emit `first` (b,), then call `step` until every row has ended. -> DecodeResult
 
     On CUDA the host looks at the rows one call behind, while the next one already runs: it never
@@ -254,6 +288,8 @@ def drive(step, rows, first):
         step()
         if cuda:
             event.synchronize()
+        if on_step is not None:
+            on_step()
         running = bool(flag if cuda else rows.alive.any())
     seconds = max(time.perf_counter() - begin, 1e-9)
     rounds, row_rounds, drafted, accepted = rows.tally.tolist()
@@ -265,11 +301,12 @@ def drive(step, rows, first):
 
 @torch.no_grad()
 def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
-             eos_token_id=None, generator=None):
+             eos_token_id=None, generator=None, on_step=None):
     """Plain decoding, one token a step. The arguments are those of `speculative_decode`.
 
-    On CUDA the step is one captured graph. A ring of 1 is fastest where the state is written by
+    On CUDA the step is a captured graph. A ring of 1 is fastest where the state is written by
     tensor operations anyway; the kernel saves most of those writes with a ring of 16.
+    on_step: called after every step.
     """
     sampling = Sampling(temperature, top_k, top_p, generator)
     rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
@@ -282,10 +319,11 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
         rows.count()
         rows.append(sampling.choose(logits)[:, None], one)
 
-    if cuda:                           # no row is alive yet: captures leave `rows` as they are
-        warm_up(step)
-        step = Captured(step, generator)
-    return drive(step, rows, sampling.choose(decoder.prefill(padded, mask)))
+    run = step
+    if cuda:
+        run = partial(next, replays(step, decoder.cache, padded.shape[1], generator))
+        run()
+    return drive(run, rows, sampling.choose(decoder.prefill(padded, mask)), on_step)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,17 +444,12 @@ def latest_match(tokens, length, n, least):
 
     tokens (b,width)  length (b,) -> (b,) index of the token that followed
     """
-    found = torch.zeros_like(length)
-    for size in range(n, least - 1, -1):
-        if size >= tokens.shape[1]:
-            continue
-        k = torch.arange(size, device=tokens.device)
-        suffix = tokens.gather(1, (length[:, None] - size + k).clamp(min=0))    # (b,size)
-        same = (tokens.unfold(1, size, 1) == suffix[:, None]).all(-1)           # (b,width-size+1)
-        end = torch.arange(size, tokens.shape[1] + 1, device=tokens.device)
-        end = torch.where(same & (end < length[:, None]), end, 0).amax(-1)
-        found = torch.where(found > 0, found, end)
-    return found
+    windows = F.pad(tokens, (n, 0), value=-1).unfold(1, n, 1)       # (b,width+1,n) the n before
+    suffix = windows[torch.arange(len(length), device=length.device), length]       # (b,n)
+    same = (windows == suffix[:, None]).flip(-1).long().cumprod(-1).sum(-1)     # (b,width+1) 0..n
+    end = torch.arange(windows.shape[1], device=tokens.device)
+    fits = (same >= least) & (end < length[:, None])                # a longer match, then a later
+    return torch.where(fits, same * len(end) + end, 0).amax(-1) % len(end)
 
 
 def LayerSubsetDraft(model, layers):
@@ -532,8 +565,8 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
 
     if rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True):
         warm_up(step)                  # no row is alive yet: captures leave `rows` as they are
-        propose = Captured(draft.propose, generator)
-        judge = Captured(lambda: check(propose.result), generator)
+        propose, proposal = capture(draft.propose, generator)
+        judge, _ = capture(lambda: check(proposal), generator)
 
         def step():
             propose()
@@ -601,6 +634,17 @@ def authors_config(folder):
                          d_conv=ssm.get("d_conv", 4))
 
 
+def our_place(model, key):
+    """Where a tensor of theirs belongs in `model`. -> our name, first row (all rows follow)"""
+    prefix, mamba, theirs = key.rpartition("mamba.")
+    if not mamba:
+        return key, 0
+    if theirs in IN_PROJ:
+        rows = model.get_submodule(prefix + "self_attn").rows[IN_PROJ[theirs]]
+        return f"{prefix}self_attn.in_proj.weight", rows.start
+    return f"{prefix}self_attn.{RENAMED.get(theirs, theirs)}", 0
+
+
 @torch.no_grad()
 def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
@@ -620,39 +664,28 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     with torch.device("meta"):
         model = mamba_in_llama.HybridForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
-    modules, lacking = dict(model.named_modules()), {
-        name: p.numel() for name, p in model.named_parameters()}                # elements to come
-
+    wanted, found = dict(model.named_parameters()), {}      # found: {our name: {first row: tensor}}
     for key, tensor in checkpoint_tensors(folder):
-        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in lacking:
+        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
             continue
-        prefix, mamba, theirs = key.rpartition("mamba.")
-        part = mamba and IN_PROJ.get(theirs)
-        name = f"{prefix}self_attn.{RENAMED.get(theirs, theirs)}" if mamba else key
-        name = f"{prefix}self_attn.in_proj.weight" if part else name
-        require(name in lacking, f"{key}: unknown tensor of a {config.mixer} checkpoint")
-        parent, leaf = name.rpartition(".")[::2]
-        ours, kind = getattr(modules[parent], leaf), dtype
-        rows = modules[f"{prefix}self_attn"].rows[part] if part else slice(None)
-        require(ours[rows].shape == tensor.shape, f"{key}: shape {tuple(tensor.shape)}, but "
-                f"{tuple(ours[rows].shape)} is needed")
-        if leaf in model._keep_in_fp32_modules_strict:
-            kind = torch.promote_types(dtype, torch.float32)
-        if theirs == "dt_proj.bias":
-            tensor = 2 * tensor
-        if part:
-            if ours.is_meta:
-                setattr(modules[parent], leaf, nn.Parameter(torch.empty(ours.shape, dtype=dtype)))
-            getattr(modules[parent], leaf)[rows] = tensor.to(dtype)
-        else:
-            setattr(modules[parent], leaf, nn.Parameter(tensor.to(kind)))
-        lacking[name] -= tensor.numel()
-    for mixer in model.mixers().values():           # the authors' projections have no biases
-        for linear in mixer.in_proj, mixer.out_proj:
-            linear.bias = nn.Parameter(torch.zeros(linear.bias.shape, dtype=dtype))
-    missing = [name for name, n in lacking.items()
-               if n > 0 and not name.endswith(("in_proj.bias", "out_proj.bias"))]
-    require(not missing, f"{folder} lacks {len(missing)} tensors, e.g. {missing[:1]}")
+        name, row = our_place(model, key)
+        require(name in wanted, f"{key}: unknown tensor of a {config.mixer} checkpoint")
+        wide = name.rpartition(".")[2] in model._keep_in_fp32_modules_strict
+        tensor = 2 * tensor if key.endswith("dt_proj.bias") else tensor
+        found.setdefault(name, {})[row] = tensor.to(
+            torch.promote_types(dtype, torch.float32) if wide else dtype)
+    for i in model.mixers():                        # the authors' projections have no biases
+        for name in "in_proj.bias", "out_proj.bias":
+            name = f"model.layers.{i}.self_attn.{name}"
+            found[name] = {0: torch.zeros(wanted[name].shape, dtype=dtype)}
+    lacking, state = sorted(wanted.keys() - found), {}
+    require(not lacking, f"{folder} lacks {len(lacking)} tensors, e.g. {lacking[:1]}")
+    for name, ours in wanted.items():
+        parts = [tensor for _, tensor in sorted(found.pop(name).items())]
+        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        require(state[name].shape == ours.shape, f"{folder}: {name} has shape "
+                f"{tuple(state[name].shape)}, but {tuple(ours.shape)} is needed")
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model.eval()
 
@@ -667,19 +700,20 @@ SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
           "130m": (768, 1984, 12, 12, 12, 50280, True),
           "7b": (4096, 10304, 32, 32, 32, 128256, True),
           "1b": (2048, 8192, 16, 32, 8, 128256, True),
-          "8b": (4096, 14336, 32, 32, 8, 128256, False),
+          "8b": (4096, 14336, 32, 32, 8, 128256, False),              # Llama-3-8B
+          "smollm2": (576, 1536, 30, 9, 3, 49152, True),              # SmolLM2-135M
           "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
-# target, its attention share, draft (shape and share, or layers), draft's words, K, and the
-# paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
-BENCH = [("2.8b", 0, ("130m", 0), None, 3, 3.9, 1.71), ("2.8b", 0, ("130m", 0), None, 4, 3.9, 1.85),
-         ("7b", 0, ("1b", 1), None, 3, 3.28, 1.95), ("7b", 0, ("1b", 1), None, 4, 3.6, 2.0),
-         ("8b", 0.5, [0, 31], None, 4, 2.48, 1.8), ("8b", 0.5, [0, 10, 20, 31], None, 4, 3.6, 1.6),
-         ("8b", 0.5, [0, 10, 20, 31], 32768, 4, 3.6, 1.6),
-         ("8b", 0.25, [0, 31], None, 4, 2.64, 1.88),
-         ("8b", 0.25, [0, 10, 20, 31], None, 4, 3.6, 1.58),
-         ("8b", 0.25, [0, 10, 20, 31], 32768, 4, 3.6, 1.58),
-         ("tiny", 0, ("nano", 0), None, 3, 3.0, None), ("tiny", 0, ("nano", 1), None, 4, 3.6, None),
-         ("tiny", 0.5, [0, 7], None, 4, 2.48, None), ("tiny", 0.5, [0, 7], 1024, 4, 2.48, None)]
+# target, its attention share, draft (one of SHAPES, or the target's layers), draft's words, K, and
+# the paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
+BENCH = [("2.8b", 0, "130m", None, 3, 3.9, 1.71), ("2.8b", 0, "130m", None, 4, 3.9, 1.85),
+         ("7b", 0, "1b", None, 3, 3.28, 1.95), ("7b", 0, "1b", None, 4, 3.6, 2.0),
+         ("8b", 0.5, "layers:0,31", None, 4, 2.48, 1.8),
+         ("8b", 0.5, "layers:0,10,20,31", None, 4, 3.6, 1.6),
+         ("8b", 0.5, "layers:0,10,20,31", 32768, 4, 3.6, 1.6),
+         ("8b", 0.25, "layers:0,31", None, 4, 2.64, 1.88),
+         ("8b", 0.25, "layers:0,10,20,31", None, 4, 3.6, 1.58),
+         ("8b", 0.25, "layers:0,10,20,31", 32768, 4, 3.6, 1.58),
+         ("tiny", 0, "nano", None, 4, 3.6, None), ("tiny", 0.5, "layers:0,7", 1024, 4, 2.48, None)]
 
 
 def seconds(function, cuda):
@@ -700,16 +734,36 @@ def clock(calls, cuda):
             f()
 
     calls[0]()
-    once = Captured(run) if cuda else run
+    once = capture(run)[0] if cuda else run
     return sorted(seconds(once, cuda) for _ in range(5))[2]
+
+
+def memory_bandwidth(device):
+    """Bytes per second that this memory gives at best: the roof over every decoding step.
+
+    The best of three ways to stream through 1 GiB (CPU: 256 MiB), each ten times in a row and
+    repeated: a lone copy finds a GPU's clocks low, and copies are slower than reads.
+    """
+    cuda = device.type == "cuda"
+    a, b = (torch.ones(2 ** (28 if cuda else 26), device=device) for _ in "ab")
+    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, lambda: a.sum())]
+    return max(10 * passes * 4 * a.numel() / clock([f] * 10, cuda)
+               for passes, f in ways for _ in range(3 if cuda else 1))
+
+
+def shape_config(shape, share, **switches):
+    """A near_linear hybrid of one of SHAPES, or around a teacher's own config."""
+    if isinstance(shape, str):
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+        shape = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
+    keep = mamba_in_llama.attention_layers(share, shape.num_hidden_layers)
+    return hybrid_config(shape.to_dict(), keep, "near_linear", **switches)
 
 
 def random_model(shape, share, device, dtype):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
-    fields = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192).to_dict()
-    config = shared_config(fields, share, **({} if share else dict(mixer="mamba", d_state=16)))
+    config = shape_config(shape, share, **({} if share else dict(mixer="mamba", d_state=16)))
     with device:
         model = mamba_in_llama.HybridForCausalLM._from_config(config, dtype=dtype)
     for name, p in model.named_parameters():
@@ -718,15 +772,9 @@ def random_model(shape, share, device, dtype):
     return model.eval()
 
 
-def shared_config(fields, share, **switches):
-    """A near_linear hybrid of `share` attention around a teacher with these config fields."""
-    keep = mamba_in_llama.attention_layers(share, fields["num_hidden_layers"])
-    return hybrid_config(fields, keep, "near_linear", **switches)
-
-
 def weight_bytes(model, words=None):
     """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
-    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head, table = model.lm_head.weight, model.get_input_embeddings().weight
     rest = sum(p.numel() * p.element_size() for p in model.parameters()
                if p is not head and p is not table)
     return rest + (words or len(head)) * head.shape[1] * head.element_size()
@@ -745,25 +793,15 @@ def step_seconds(model, T, prompt, calls=48):
 
     if prompt.is_cuda:
         warm_up(call)
-        call = Captured(call)
+        call, _ = capture(call)
     decoder.prefill(prompt, None)
     return seconds(lambda: [call() for _ in range(calls)], prompt.is_cuda) / calls
 
 
 def acceptance_for(gen, K):
-    """The chance P per token for which # Gen = 1 + P + ... + P^K, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        P = (low + high) / 2
-        low, high = (P, high) if sum(P ** i for i in range(K + 1)) < gen else (low, P)
-    return low
-
-
-def copy_bandwidth(device):
-    """Bytes per second, read plus written, of a copy that no cache holds."""
-    cuda = device.type == "cuda"
-    a, b = (torch.ones(2 ** (28 if cuda else 24), device=device) for _ in "ab")
-    return 8 * a.numel() / clock([lambda: b.copy_(a)], cuda)
+    """The chance P per token for which # Gen = 1 + P + ... + P^K, to four digits."""
+    return bisect_left(range(10 ** 4), gen, key=lambda i: sum((i / 1e4) ** j
+                                                              for j in range(K + 1))) / 1e4
 
 
 def bench(args, device):
@@ -772,41 +810,41 @@ def bench(args, device):
     floor: share of the time in which the weights could at best be read. verify: a call of K + 1
     tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
     """
-    cuda, rows, built = device.type == "cuda", [], {}
+    cuda, rows, built = device.type == "cuda", [], None
     dtype, sizes = torch.bfloat16 if cuda else torch.float32, args.sizes or (
         "2.8b,7b,8b" if cuda else "tiny")
     require(set(sizes.split(",")) <= {r[0] for r in BENCH}, f"--sizes {sizes}: want some of "
             "2.8b,7b,8b,tiny")
-    bandwidth = copy_bandwidth(device)
     about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
-             "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
-    print(about, "random weights, SIMULATED acceptance", sep="\n")
+             "torch": torch.__version__, "memory_bytes_per_s": memory_bandwidth(device)}
+    print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
     print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
           f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
     prompt = torch.arange(1, 33, device=device)[None]
     for shape, share, spec, words, K, gen, paper in BENCH:
         if shape not in sizes.split(","):
             continue
-        if (shape, share) not in built:                 # one target in memory at a time
-            built = {}
-            target = built[shape, share] = random_model(shape, share, device, dtype)
+        if built != (shape, share):                     # one target in memory at a time
+            target, draft, built = None, None, (shape, share)
+            target = random_model(shape, share, device, dtype)
             plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
             one = step_seconds(target, 1, prompt)
-        layers = isinstance(spec, list)
-        draft = LayerSubsetDraft(target, spec) if layers else random_model(*spec, device, dtype)
+        if spec.startswith("layers:"):
+            draft = read_draft(spec, target, device, words)
+        else:                                           # 130m is pure Mamba, the others attention
+            draft = ModelDraft(random_model(spec, int(spec != "130m"), device, dtype))
         P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
-        fast = speculative_decode(
-            target, ModelDraft(draft, words and torch.arange(words, device=device)), prompt,
-            args.max_new_tokens, K, simulate=P)
-        ratio = weight_bytes(draft, words) / weight_bytes(target)
-        row = {"target": f"{shape} {share:.0%} attention", "draft": (
-            f"layers {','.join(map(str, spec))}" if layers else spec[0]) + (
-            f", {words // 1024}k words" if words else ""), "K": K, "gen": fast.tokens_per_round,
-            "plain_tokens_per_s": plain, "share_of_floor": weight_bytes(target) / bandwidth * plain,
-            "verify_over_step": step_seconds(target, K + 1, prompt) / one,
-            "tokens_per_s": fast.tokens_per_second, "speed_up": fast.tokens_per_second / plain,
-            "bound": fast.tokens_per_round / (1.1 + K * ratio), "paper_speed_up": paper,
-            "simulated_acceptance": P, "paper_gen": gen, "draft_bytes_share": ratio}
+        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
+        weight = weight_bytes(target)
+        ratio = weight_bytes(draft.model, words) / weight
+        row = {"target": f"{shape} {share:.0%} attention", "K": K, "gen": fast.tokens_per_round,
+               "draft": spec + (f", {words // 1024}k words" if words else ""),
+               "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
+               "share_of_floor": plain * weight / about["memory_bytes_per_s"],
+               "verify_over_step": step_seconds(target, K + 1, prompt) / one,
+               "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
+               "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio,
+               "simulated_acceptance": P, "paper_gen": gen}
         rows.append(row | about)
         print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
               "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
@@ -878,27 +916,38 @@ def bench_kernel(args, device):
 
 
 def plot(rows, path):
-    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`."""
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = list(dict.fromkeys(r.get("layer") for r in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(9 if panels == [None] else 16, 4.5))
-    for axis, layer in zip([axes] if len(panels) == 1 else axes, panels):
-        if layer is None:
-            labels = [f"{r['target']}, {r['draft']}, K = {r['K']}" for r in rows]
-            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
-            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "k|", ms=18,
-                      label="paper")
-            axis.set(xlabel="speed-up over plain decoding")
-        for b in dict.fromkeys(r["batch"] for r in rows if layer):
-            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
-            axis.plot([r["T"] for r in part], [r["us"] / r["T"] for r in part], "o-",
-                      label=f"batch {b}")
-            axis.set(title=layer, xlabel="tokens per call T", yscale="log", ylabel="us per token")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    plt.rcParams.update({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
+                         "lines.linewidth": 2.5, "lines.markersize": 8, "savefig.dpi": 100,
+                         "figure.constrained_layout.use": True})
+    colours = "#0072B2", "#D55E00"                      # Okabe and Ito: colour-blind safe
+    if "layer" not in rows[0]:
+        figure, axis = plt.subplots(figsize=(10, 2 + 0.7 * len(rows)))
+        labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
+        axis.barh(labels, [r["speed_up"] for r in rows], color=colours[0], label="measured")
+        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "|", ms=24, mew=4,
+                  color=colours[1], label="paper")
+        axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
+    else:
+        layers, batches = ({r[k]: 0 for r in rows} for k in ("layer", "batch"))
+        figure, axes = plt.subplots(-(-len(layers) // 2), 2, figsize=(11, 2 + 2 * len(layers)),
+                                    sharex=True, squeeze=False)
+        for axis, layer in zip(axes.flat, layers):
+            for b, colour, mark in zip((min(batches), max(batches)), colours, "os"):
+                part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+                for key, style, label in (("us", mark + "-", "one call of T tokens"),
+                                          ("us_single_steps", "--", "T calls of one token"),
+                                          ("us_copy", ":", "a copy of the state")):
+                    axis.plot([r["T"] for r in part], [r[key] for r in part], style, color=colour,
+                              label=f"batch {b}: {label}")
+            axis.set(title=layer, yscale="log", xticks=(1, 4, 8, 12, 16), ylabel="µs per layer")
+        for axis in axes[-1]:
+            axis.set(xlabel="tokens T")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -907,23 +956,21 @@ def plot(rows, path):
 
 
 def needle(args, device):
-    """--needle: is a number found again, hidden at some depth of a long text? -> rows"""
+    """--needle: is a number found again, hidden at some depth of a long text? -> rows
+
+    Then the size of caches; without --target only that, for SmolLM2's and an 8B Llama's shape.
+    """
+    if not args.target:
+        return cache_table("SmolLM2-135M", "smollm2") + cache_table("Llama-3-8B", "8b")
     from pydoc_data.topics import topics
     model, tokenizer = load(args.target, device)
     hay, rows = encode("\n".join(topics[k] for k in sorted(topics)), tokenizer, raw=True), []
-    try:
-        lengths = [int(v) for v in args.lengths.split(",")]
-        depths = [float(v) for v in args.depths.split(",")]
-    except ValueError:
-        lengths = depths = [-1]
-    require(min(lengths) >= 64 and 0 <= min(depths) <= max(depths) <= 1, f"--lengths "
-            f"{args.lengths} must be numbers of at least 64, --depths {args.depths} within 0..1")
-    print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
-          f"{'length':>8}" + "".join(f"{d:7.0%}" for d in depths))
-    draw = torch.Generator().manual_seed(args.seed)
     ask = encode("\nWhat is the magic number? The magic number is", tokenizer, raw=True)
-    for length in lengths:
-        for depth in depths:
+    draw = torch.Generator().manual_seed(args.seed)
+    print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
+          f"{'length':>8}" + "".join(f"{d:7.0%}" for d in args.depths))
+    for length in args.lengths:
+        for depth in args.depths:
             found = 0
             for _ in range(args.trials):
                 secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
@@ -935,28 +982,29 @@ def needle(args, device):
                 prompt = torch.cat([text[:cut], fact, text[cut:], ask]).to(device)
                 found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
             rows.append({"length": length, "depth": depth, "found": found / args.trials})
-        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(depths):]),
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]),
               flush=True)
-    return rows + cache_table(model.config)
+    config = model.config
+    return rows + cache_table(args.target, getattr(config, "teacher_config", lambda: config)())
 
 
-def cache_table(config):
+def cache_table(name, shape):
     """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
-    config = config.teacher_config() if hasattr(config, "teacher_config") else config
     sizes, rows = (1024, 8192, 65536), []
-    print("\ncache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
+    print(f"\n{name}: cache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
         f"{n:>18,}" for n in sizes))
     for share in (1.0, 0.5, 0.25, 0.0):
-        with torch.device("meta"):
-            model = mamba_in_llama.HybridForCausalLM(
-                shared_config(config.to_dict(), share)).to(torch.bfloat16)
+        with torch.device("meta"):                      # shapes without memory
+            model = mamba_in_llama.HybridForCausalLM(shape_config(shape, share)).bfloat16()
         for n in sizes:
             layers = MixerCache.allocate(model, 1, n, ring=1).layers
-            rows.append({"attention": share, "tokens": n, "cache_bytes": sum(
-                t.numel() * t.element_size() for layer in layers for t in layer)})
+            size = sum(t.numel() * t.element_size() for layer in layers for t in layer)
+            teachers = rows[len(rows) % len(sizes)]["cache_bytes"] if share < 1 else size
+            rows.append({"model": name, "attention": share, "tokens": n, "cache_bytes": size,
+                         "share_of_teacher": size / teachers})
         print(f"{share:>10.0%}" + "".join(
-            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['cache_bytes'] / teacher['cache_bytes']:4.0%})"
-            for r, teacher in zip(rows[-len(sizes):], rows)))
+            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['share_of_teacher']:4.0%})"
+            for r in rows[-len(sizes):]))
     return rows
 
 
@@ -990,7 +1038,6 @@ def read_draft(spec, target, device, words=None):
     except ValueError:
         raise ValueError(f"--draft {spec}: want numbers after {kind}:") from None
     if kind == "ngram":
-        require(len(numbers) == 1, f"--draft {spec}: want one number")
         return NGramDraft(numbers[0], min(2, numbers[0]))
     draft = LayerSubsetDraft(target, numbers) if kind == "layers" else load(spec, device)[0]
     vocab = draft.config.vocab_size
@@ -1009,14 +1056,14 @@ def encode(text, tokenizer, raw=False):
 
 
 def painter(tokenizer):
-    """An `on_round` that shows the first row's rounds as Figure 2 does: what stands, what falls,
+    """An `on_round` that shows the first 16 rounds as Figure 2 does: what stands, what falls,
     what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
         "{}", "[-{}-]", "{{+{}+}}")
 
     def show(rows, proposal, n, token):
-        if rows.alive[0]:
+        if rows.alive[0] and rows.tally[0] < 16:
             drafted, n = proposal.tokens[0].tolist(), int(n[0])
             words = [repr(tokenizer.decode(part))[1:-1]
                      for part in (drafted[:n], drafted[n:], [int(token[0])])]
@@ -1027,90 +1074,68 @@ def painter(tokenizer):
 
 
 @torch.no_grad()
-def identical(target, prompt, plain, fast):
-    """"yes", or the first difference and how far apart the target's two logits are there."""
+def first_difference(target, prompt, plain, fast):
+    """None where two answers agree, else where they part and the gap of the target's two logits.
+
+    In exact arithmetic they never differ; sums of another order round differently.
+    """
     if torch.equal(plain, fast):
-        return "yes"
+        return None
     n = min(len(plain), len(fast))
     i = int((plain[:n] != fast[:n]).int().argmax())
     hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
-    a, b = target.get_output_embeddings()(hidden)[[plain[i], fast[i]]].tolist()
-    return f"no: token {i} differs, its logits are {abs(a - b):.2g} apart"
+    a, b = target.get_output_embeddings()(hidden)[torch.stack([plain[i], fast[i]])].tolist()
+    return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
 
 
-def compare(target, drafts, prompt, tokenizer, args, ends=None, show=True):
-    """Plain decoding, then each draft (name, draft): the rounds, and one table. -> rows"""
-    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    eos_token_id=ends)
+def run(target, draft, args, ends, prompt, **more):
+    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
+    more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
+    if draft is not None:
+        more |= dict(draft=draft, lookahead=args.lookahead)
+    return (generate if draft is None else speculative_decode)(
+        target, input_ids=prompt, max_new_tokens=args.max_new_tokens, top_k=args.top_k,
+        temperature=args.temperature, top_p=args.top_p, eos_token_id=ends, **more)
 
-    def decode(draft, n_new=args.max_new_tokens, **more):
-        more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
-        if draft is None:
-            return generate(target, prompt, n_new, **settings, **more)
-        return speculative_decode(target, draft, prompt, n_new, args.lookahead, **settings, **more)
 
-    plain = decode(None)
-    rows = [{"draft": "none", "K": 0, "gen": 1.0, "acceptance": 0.0, "speed_up": 1.0,
-             "tokens_per_s": plain.tokens_per_second, "identical": ""}]
-    for name, draft in drafts:
-        if show:
-            print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-            decode(draft, min(48, args.max_new_tokens), on_round=painter(tokenizer))
-        fast = decode(draft)
-        same = "(sampled)" if args.temperature else identical(target, prompt, plain.tokens[0],
-                                                              fast.tokens[0])
-        rows.append({"draft": name, "K": args.lookahead, "gen": fast.tokens_per_round,
-                     "acceptance": fast.accepted / max(1, fast.drafted),
-                     "speed_up": fast.tokens_per_second / max(plain.tokens_per_second, 1e-9),
-                     "tokens_per_s": fast.tokens_per_second, "identical": same})
-    print("\n" + tokenizer.decode(fast.tokens[0], skip_special_tokens=True).strip() + "\n")
+def compare(target, drafts, prompts, args, ends=None, **others):
+    """Each prompt (l,) plainly, then with each of {name: draft}; one table of sums. -> rows
+
+    others: more ways to decode, {name: function of a prompt -> DecodeResult}
+    """
+    ways = {name: partial(run, target, draft, args, ends)
+            for name, draft in ({"none": None} | drafts).items()} | others
+    # in turn: all of them see the same machine
+    results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
     print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
           "  identical to plain decoding")
-    for row in rows:
+    table = []
+    for name, made in zip(ways, results):
+        spent, drafted, accepted, rounds = (sum(getattr(r, field) for r in made) for field in (
+            "seconds", "drafted", "accepted", "rounds"))
+        row = {"draft": name, "K": 0, "gen": (rounds + accepted) / max(1, rounds),
+               "acceptance": accepted / max(1, drafted), "identical": "", "differences": [],
+               "tokens_per_s": sum(len(r.tokens[0]) - 1 for r in made) / spent}
+        if name in drafts and args.temperature:
+            row |= {"K": args.lookahead, "identical": "(sampled)"}
+        elif name in drafts:
+            parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
+                      for prompt, plain, r in zip(prompts, results[0], made)]
+            row |= {"K": args.lookahead, "identical": f"{parted.count(None)} of {len(parted)}",
+                    "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
+        table.append(row)
+        row["speed_up"] = row["tokens_per_s"] / table[0]["tokens_per_s"]
         print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
-              "{identical}".format(**row))
-    return rows
+              "{identical}".format(**row), *row["differences"], sep="\n    ", flush=True)
+    return table
 
 
-def compare_teacher(args, device):
-    """--compare-teacher: 20 prompts, plain against ngram:3, and transformers' own generate. -> rows
-
-    Ten prompts ask for free text and ten for text that repeats itself. Hybrid and teacher each are
-    their own target; transformers decodes the teacher on the same prompts, in turn with ours.
-    """
-    target, tokenizer = load(args.target, device)
-    teacher, rows = load(args.compare_teacher, device)[0], []
-    free = [f"Tell me about {thing}." for thing in (
-        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
-    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
-    lists = ("apples", "pens", "dogs", "cups", "keys")
-    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
-             for f in code]
-    again += ["Go on with this list up to 40:\n" + "".join(
-        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9)) for word in lists]
-    n_new, head = args.max_new_tokens, "target    prompts   "
-    print(f"{head}{'transformers':>13}{'plain':>8}{'ngram:3':>9}{'speed-up':>10}{'# Gen':>7}"
-          "  identical (tokens/s, CPU or one GPU)")
-    for name, model in ("hybrid", target), ("teacher", teacher):
-        for kind, texts in ("free", free), ("repeating", again):
-            spent, gen, same = [0.0, 0.0, 0.0], 0.0, 0
-            for text in texts:
-                prompt = encode(text, tokenizer).to(device)
-                spent[0] += seconds(lambda: teacher.generate(
-                    prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
-                    max_new_tokens=n_new, min_new_tokens=n_new), device.type == "cuda")
-                plain = generate(model, prompt, n_new)
-                fast = speculative_decode(model, NGramDraft(3), prompt, n_new, args.lookahead)
-                same += torch.equal(plain.tokens[0], fast.tokens[0])
-                spent[1], spent[2] = spent[1] + plain.seconds, spent[2] + fast.seconds
-                gen += fast.tokens_per_round / len(texts)
-            rate = [len(texts) * (n_new - 1) / t for t in spent]
-            rows.append({"target": name, "prompts": kind, "transformers_teacher": rate[0],
-                         "plain": rate[1], "ngram": rate[2], "speed_up": rate[2] / rate[1],
-                         "gen": gen, "identical": f"{same} of {len(texts)}"})
-            print("{target:<10}{prompts:<10}{transformers_teacher:13.1f}{plain:8.1f}{ngram:9.1f}"
-                  "{speed_up:9.2f}x{gen:7.2f}  {identical}".format(**rows[-1]), flush=True)
-    return rows
+def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
+    """Decode a prompt with each draft, a line for every round, and print the answer."""
+    for name, draft in drafts.items():
+        print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
+        made = run(target, draft, args, ends, prompt, on_round=painter(tokenizer))
+    print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
 
 
 def tiny(args, device):
@@ -1124,83 +1149,91 @@ def tiny(args, device):
     shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
     mamba_in_llama.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1,
                           beta=1.0)
-    drafts = [("layers 0,3, fine-tuned", shrunk.eval()),
-              ("layers 0,3", LayerSubsetDraft(target, [0, 3])), ("ngram:3", NGramDraft(3)),
-              ("the teacher", load("tiny_run/teacher", device)[0]),
-              ("the Mamba hybrid", load("tiny_run/mamba", device)[0])]
-    return compare(target, drafts, encode(args.prompt or text, tokenizer, args.raw).to(device),
-                   tokenizer, args)
+    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": LayerSubsetDraft(
+        target, [0, 3]), "ngram:3": NGramDraft(3), "the teacher": load("tiny_run/teacher", device)[
+        0], "the Mamba hybrid": load("tiny_run/mamba", device)[0]}
+    prompt = encode(args.prompt or text, tokenizer, args.raw).to(device)
+    show_rounds(target, drafts, prompt, tokenizer, args)
+    return compare(target, drafts, [prompt], args)
 
 
 def make_draft(args, device):
-    """--make-draft layers:...: shrink, fine-tune on the target's own answers, save. -> losses"""
-    require(args.out and not (os.path.isdir(args.out) and os.listdir(args.out)),
-            f"--out {args.out}: want a directory that is new or empty")
-    require(args.make_draft.startswith("layers:"),
-            f"--make-draft {args.make_draft}: want layers:I,J")
+    """--make-draft layers:...: shrink, fine-tune on the target's own answers, save, try. -> rows
+
+    Tried on the prompts of up to 32 answers that were held out, before and after training. What
+    else is given are flags of mamba_in_llama.py: --out, --minutes, --rows, --length, --batch, ...
+    """
+    require(args.target and "--out" in args.rest and args.make_draft.startswith("layers:"),
+            f"--make-draft {args.make_draft}: want layers:I,J, and --target and --out")
+    options = mamba_in_llama.parse_args(["--teacher", args.target, *args.rest])
     target, tokenizer = load(args.target, device)
-    draft = copy.deepcopy(read_draft(args.make_draft, target, device).model)
-    chat = mamba_in_llama.Chat(tokenizer)
-    data = mamba_in_llama.real_data(target, chat, mamba_in_llama.parse_args([
-        "--teacher", args.target, "--out", args.out, "--rows", str(args.rows),
-        "--length", str(args.length)]))
-    history = mamba_in_llama.distil("draft", draft, target, *data.train, 10 ** 9, lr=args.lr,
-                                    alpha=0.1, beta=1.0, seconds=60 * args.minutes)
-    mamba_in_llama.save(draft.eval(), chat, args.out)
-    first, last = history[0][1], history[-1][1]
-    print(f"{len(history)} steps, loss {first:.3f} -> {last:.3f}; saved to {args.out}")
-    return [{"step": step, "loss": loss} for step, loss in history]
+    before = read_draft(args.make_draft, target, device).model
+    draft, chat = copy.deepcopy(before), mamba_in_llama.Chat(tokenizer)
+    data = mamba_in_llama.real_data(target, chat, options)
+    history = mamba_in_llama.distil(
+        "draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
+        alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
+    mamba_in_llama.save(draft.eval(), chat, options.out)
+    print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
+          f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
+    prompts = [row[:int((labels != -100).int().argmax())].to(device)
+               for row, labels in zip(*(v[:32] for v in data.heldout))]
+    rows = compare(target, {args.make_draft: before, "fine-tuned": draft}, prompts, args, chat.end)
+    return rows + [{"step": step, "loss": loss} for step, loss in history]
 
 
-MODES = (tiny, bench, bench_kernel, needle, make_draft, compare_teacher)
+MODES = (tiny, bench, bench_kernel, needle, make_draft)
+FLAGS = {       # name: (type, default, help); a default of False makes a switch
+    "tiny": (bool, False, "every kind of draft on the hybrid in ./tiny_run"),
+    "bench": (bool, False, "Tables 1 and 5: random weights, simulated acceptance"),
+    "bench-kernel": (bool, False, "Figure 3: T tokens per call of the kernel"),
+    "needle": (bool, False, "Figure 4: needle in a haystack, and cache sizes"),
+    "make-draft": (str, None, "layers:I,J: shrink and fine-tune --target; other flags as in "
+                   "mamba_in_llama.py: --out DIR --minutes M --rows N --length N --batch N"),
+    "target": (str, None, "directory or hub name: a hybrid, a plain decoder, the authors' format"),
+    "draft": (str, "ngram:3", "a directory, layers:0,10,20,29 or ngram:3"),
+    "draft-words": (int, None, "cut the draft's head to the first so many words"),
+    "prompt": (str, None, "the text to answer"),
+    "raw": (bool, False, "no chat template around the prompt"),
+    "lookahead": (int, 4, "tokens drafted per round, K"),
+    "temperature": (float, 0.0, "0 is greedy"),
+    "top-k": (int, 0, "0 keeps all words"),
+    "top-p": (float, 1.0, "probability that is kept"),
+    "max-new-tokens": (int, 128, "budget, tokens"),
+    "simulate-acceptance": (float, None, "--bench: each token stands with this chance (default: "
+                            "from the paper's # Gen)"),
+    "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
+    "lengths": (int, [512, 1024, 2048], "--needle: tokens"),
+    "depths": (float, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
+    "trials": (int, 5, "--needle: numbers per length and depth"),
+    "seed": (int, 0, "of every draw"),
+    "json": (str, None, "write the rows of the table to this file"),
+    "plot": (str, None, "a picture of --bench or --bench-kernel (matplotlib)"),
+}
 
 
 def parse_args(argv):
-    """All flags; their defaults are in --help."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--tiny", action="store_true", help="every kind of draft on the hybrid in ./tiny_run")
-    add("--bench", action="store_true", help="Tables 1 and 5: random weights, simulated acceptance")
-    add("--bench-kernel", action="store_true", help="Figure 3: T tokens per call of the kernel")
-    add("--needle", action="store_true", help="Figure 4: needle in a haystack, and cache sizes")
-    add("--make-draft", metavar="layers:I,J", help="shrink and fine-tune --target, save to --out")
-    add("--target", metavar="DIR_OR_NAME", help="a hybrid, a plain decoder, or the authors' format")
-    add("--compare-teacher", metavar="DIR_OR_NAME", help="20 prompts: --target and this teacher, "
-        "plain and ngram:3, and transformers' generate")
-    add("--draft", default="ngram:3", help="a directory, layers:0,10,20,29 or ngram:3")
-    add("--draft-words", type=int, help="cut the draft's head to the first so many words")
-    add("--prompt", metavar="TEXT", help="the text to answer")
-    add("--raw", action="store_true", help="no chat template around the prompt")
-    add("--lookahead", type=int, default=4, help="tokens drafted per round, K")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0 keeps all")
-    add("--top-p", type=float, default=1.0, help="probability that is kept")
-    add("--max-new-tokens", type=int, default=128, help="budget, tokens")
-    add("--simulate-acceptance", type=float, metavar="P",
-        help="--bench: each token stands with this chance (None: from the paper's # Gen)")
-    add("--sizes", help="--bench: some of 2.8b,7b,8b,tiny (None: what suits the device)")
-    add("--lengths", default="512,1024,2048", help="--needle: tokens")
-    add("--depths", default="0,0.25,0.5,0.75,1", help="--needle: 0 is the beginning")
-    add("--trials", type=int, default=5, help="--needle: numbers per length and depth")
-    add("--out", metavar="DIR", help="--make-draft: where the draft goes")
-    add("--minutes", type=float, default=10.0, help="--make-draft: time to train")
-    add("--rows", type=int, default=256, help="--make-draft: rows that the target writes")
-    add("--length", type=int, default=256, help="--make-draft: tokens per row")
-    add("--lr", type=float, default=5e-4, help="--make-draft: learning rate")
-    add("--seed", type=int, default=0, help="of every draw")
-    add("--json", metavar="FILE", help="write the rows of the table")
-    add("--plot", metavar="F.png", help="a picture of --bench or --bench-kernel (matplotlib)")
-    args = parser.parse_args(argv)
+    """The flags as a namespace; ValueError for values that make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for name, (kind, default, text) in FLAGS.items():
+        more = {"action": "store_true"} if kind is bool else {
+            "type": kind, "default": default, "nargs": "+" if isinstance(default, list) else None}
+        parser.add_argument(f"--{name}", **more,
+                            help=text if default in (None, "") or kind is bool
+                            else f"{text} (default: {default})")
+    parser.error = lambda message: require(False, message)      # one line, no usage
+    args, args.rest = parser.parse_known_args(argv)
+    require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
     P = args.simulate_acceptance
     require(P is None or 0 <= P <= 1, f"--simulate-acceptance {P} is outside 0..1")
-    for name in "lookahead", "max_new_tokens", "trials", "rows", "length", "minutes", "lr":
+    for name in "lookahead", "max_new_tokens", "trials":
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
                 "be above 0")
+    require(min(args.lengths) >= 64, f"--lengths {args.lengths} must be at least 64")
+    require(all(0 <= d <= 1 for d in args.depths), f"--depths {args.depths} are not within 0..1")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
     modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, "
-            "--make-draft, --compare-teacher")
+    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
@@ -1223,7 +1256,8 @@ def main(argv=None):
         if tokenizer.chat_template and not args.raw:
             ends.append(mamba_in_llama.Chat(tokenizer).end)
         prompt = encode(args.prompt, tokenizer, args.raw).to(device)
-        rows = compare(target, [(args.draft, draft)], prompt, tokenizer, args, ends)
+        show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
+        rows = compare(target, {args.draft: draft}, [prompt], args, ends)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

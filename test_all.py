@@ -1,6 +1,7 @@
 """All tests of the project, on a CPU and without a network: python -m pytest test_all.py
 
     python test_all.py --bench          # training forms of both mixers against a loop over tokens
+    python test_all.py --compare-teacher DIR --target DIR      # 20 prompts, with and without drafts
     python test_all.py --ablate         # the paper's Tables 6 to 9 at toy size, and our switches
 
 Models have 2 to 4 layers of width 64 and mostly compute in float64, where two correct ways to the
@@ -17,6 +18,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -30,9 +32,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy
@@ -1472,7 +1476,7 @@ def test_chat_labels_and_packs_answers_only(world):
 
 VS = 61
 SHARES = {1.0: [0, 1, 2, 3], 0.5: [1, 3], 0.25: [2], 0.0: []}
-DRAFTS = ["itself", "plain", "hybrid", "layers", "ngram", "right", "wrong", "random"]
+DRAFTS = ["itself", "plain", "hybrid", "layers", "words", "ngram", "right", "wrong", "random"]
 _models = {}
 
 
@@ -1538,6 +1542,7 @@ def draft_of(kind, target, answers):
     return {"itself": lambda: target, "plain": lambda: toy_llama(layers=2, seed=3).to(dtype),
             "hybrid": lambda: toy("mamba2", 0.5, dtype),
             "layers": lambda: S.LayerSubsetDraft(target, [0, 2, 3]),
+            "words": lambda: S.ModelDraft(toy_llama(seed=3).to(dtype), torch.arange(0, VS, 2)),
             "ngram": lambda: S.NGramDraft(2, 1)}[kind]()
 
 
@@ -1590,6 +1595,36 @@ def test_generate_equals_forward(mixer, share):
             with torch.no_grad():
                 assert int(target(torch.tensor([text])).logits[0, -1].argmax()) == token
             text.append(token)
+
+
+def test_replays_see_every_column(monkeypatch):
+    """A replay reads all that is written and at most a block more; the first call is no step."""
+    cache, steps, captured = SimpleNamespace(layers=[M.AttentionState(
+        *torch.zeros(2, 2, 3, 61, 4))], max_length=60, visible=60), [], []
+    monkeypatch.setattr(S, "CAPTURE_BYTES", 25 / 2 * (2 * 2 * 3 * 4 * 4))         # blocks of 5
+    monkeypatch.setattr(S, "warm_up", lambda step: None)
+    monkeypatch.setattr(S, "capture", lambda step, generator: captured.append(cache.visible) or (
+        functools.partial(step, cache.visible), None))
+    run = S.replays(lambda visible=None: steps.append(visible or cache.visible), cache, 7, None)
+    for n in range(60):
+        next(run)
+        assert len(steps) == n and captured[-1] == min(60, 12 + n // 5 * 5)
+    assert all(min(60, 7 + n) <= seen <= 7 + n + 5 for n, seen in enumerate(steps, 1))
+
+
+def test_sample_is_generate_in_batches():
+    """Rows end with the end token; a seed decides; a padded batch draws what its rows may say."""
+    target = toy("mamba2", 0.5, torch.float32)
+    prompts = [[i + 1] * (1 + i % 4) for i in range(7)]
+    free = M.sample(target, prompts, 20, None, batch_size=3, seed=5)
+    assert [len(row) for row in free] == [20] * 7
+    assert free == M.sample(target, prompts, 20, None, batch_size=3, seed=5)
+    assert free != M.sample(target, prompts, 20, None, batch_size=3, seed=6)
+    end = free[0][10]
+    ended = M.sample(target, prompts[:3], 20, end, batch_size=3, seed=5)
+    assert ended[0] == free[0][:free[0].index(end) + 1]
+    greedy = M.sample(target, prompts, 9, None, batch_size=4, top_k=1)
+    assert greedy == [row.tolist() for row in S.generate(target, prompts, 9).tokens]
 
 
 def test_hand_example():
@@ -1714,6 +1749,19 @@ def test_state_after_rejection(mixer, share):
         for ours, theirs in zip(cache.layers, fresh.layers):
             if isinstance(ours, M.MixerState):
                 assert torch.allclose(ours.state[i], theirs.state[0], rtol=1e-9, atol=1e-9)
+
+
+def test_first_difference_names_the_token_and_the_gap():
+    target, prompt = toy("mamba2", 0.5), torch.tensor([1, 2, 3])
+    plain = S.generate(target, prompt, 6).tokens[0]
+    assert S.first_difference(target, prompt, plain, plain.clone()) is None
+    other = plain.clone()
+    other[4] = (other[4] + 1) % VS
+    with torch.no_grad():
+        logits = target(torch.cat([prompt, plain[:4]])[None]).logits[0, -1]
+    gap = f"{abs(float(logits[plain[4]] - logits[other[4]])):.2g}"
+    assert S.first_difference(target, prompt, plain, other) == (
+        f"token 4 differs, its two logits are {gap} apart")
 
 
 def test_latest_match():
@@ -1938,7 +1986,7 @@ def test_command_tiny(home):
     code, out, err = spec_cli(home, "--tiny --max-new-tokens 16 --json t.json")
     assert code == 0, err
     rows = json.loads((home / "t.json").read_text())
-    assert len(rows) == 6 and all(r["identical"] == "yes" for r in rows[1:])
+    assert len(rows) == 6 and all(r["identical"] == "1 of 1" for r in rows[1:])
     assert "round  1:" in out and "speed-up" in out and "Traceback" not in err
 
 
@@ -1946,7 +1994,13 @@ def test_command_tiny(home):
 def test_command_decodes(home, draft):
     code, out, err = spec_cli(home, f"--target tiny_run/mamba2 --draft {draft} --lookahead 3 "
                                    "--prompt 'The import statement' --max-new-tokens 16")
-    assert code == 0 and out.rstrip().endswith("yes"), err
+    assert code == 0 and out.rstrip().endswith("1 of 1"), err
+
+
+def test_command_samples(home):
+    code, out, err = spec_cli(home, "--target tiny_run/mamba2 --draft layers:0,3 --temperature 0.9 "
+                                   "--top-k 20 --prompt 'The import statement' --max-new-tokens 9")
+    assert code == 0 and out.rstrip().endswith("(sampled)"), err
 
 
 def test_command_bench(home):
@@ -1957,21 +2011,24 @@ def test_command_bench(home):
 
 
 def test_command_needle(home):
-    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64,96 --depths "
-                                   "0,1 --trials 1")
+    code, out, err = spec_cli(home, "--needle --target tiny_run/mamba2 --lengths 64 96 --depths "
+                                   "0 1 --trials 1")
     assert code == 0 and "cache of one row" in out, err
 
 
-def test_command_compare_teacher(home):
-    code, out, err = spec_cli(home, "--compare-teacher tiny_run/teacher --target tiny_run/mamba2 "
-                                   "--max-new-tokens 3")
-    assert code == 0 and out.count("10 of 10") == 4, err
+def test_command_compare_teacher(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    main(["--compare-teacher", "tiny_run/teacher", "--target", "tiny_run/mamba2", "--tokens", "3",
+          "--json", "c.json"])
+    assert capsys.readouterr().out.count("10 of 10") == 4
+    assert len(json.loads((home / "c.json").read_text())) == 12
 
 
 def test_command_make_draft(home):
     code, out, err = spec_cli(home, "--make-draft layers:0,2 --target tiny_run/teacher --out new "
-                                   "--rows 256 --length 48 --minutes 0.02")
+                                   "--rows 256 --length 48 --minutes 0.02 --max-new-tokens 8")
     assert code == 0 and (home / "new" / "config.json").exists(), err
+    assert re.search(r"fine-tuned .* (\d+) of \1\n", out), out
 
 
 WRONG = [("", "--target and --prompt"), ("--tiny --bench", "give one of"),
@@ -1983,7 +2040,9 @@ WRONG = [("", "--target and --prompt"), ("--tiny --bench", "give one of"),
          ("--target tiny_run/mamba2 --prompt x --temperature -1", "temperature"),
          ("--target tiny_run/mamba2 --prompt x --draft tiny_run/mamba --draft-words 0", "words"),
          ("--bench --sizes 9b", "9b"), ("--bench --simulate-acceptance 1.5", "1.5"),
-         ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "new or empty")]
+         ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "is not empty"),
+         ("--make-draft ngram:3 --target tiny_run/teacher --out x", "want layers:I,J"),
+         ("--tiny --rows 3", "unknown: --rows 3"), ("--needle --lengths 8", "at least 64")]
 
 
 @pytest.mark.parametrize("text, message", WRONG, ids=[t for t, _ in WRONG])
@@ -2050,6 +2109,46 @@ def test_readme_commands_parse(words, tmp_path, monkeypatch):
          "test_all.py": parse_args}[program](argv)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_pipeline_without_this_project(home, share, tmp_path):
+    """A saved directory in a bare process: chat, a padded batch, beams and sampling as here."""
+    teacher = toy_llama(vocab=512, width=32, sharp=1.0)
+    model = M.convert_to_hybrid(teacher, [1, 3] if share else [])
+    tokenizer = AutoTokenizer.from_pretrained(home / "tiny_run" / "teacher")
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
+    M.save(model, SimpleNamespace(tokenizer=tokenizer), tmp_path / "saved")
+    script = """if True:
+        import importlib.util, json, transformers
+        assert not importlib.util.find_spec("mamba_in_llama")
+        pipe = transformers.pipeline("text-generation", "saved", trust_remote_code=True)
+        pipe.tokenizer.padding_side = "left"
+        def answer(text, **settings):
+            out = pipe(text, max_new_tokens=12, **settings)
+            return [row["generated_text"] for rows in out
+                    for row in (rows if isinstance(rows, list) else [rows])]
+        texts = ["The import statement", "A"]
+        chat = [{"role": "user", "content": "What is a list?"}]
+        print(json.dumps([answer(chat, do_sample=False)[0][-1]["content"],
+                          answer(texts, do_sample=False, batch_size=2),
+                          answer(texts, num_beams=3, do_sample=False, batch_size=2),
+                          answer(texts, do_sample=True, top_k=1, batch_size=2)]))
+        """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env=clean_environment(
+                              HF_HOME=str(tmp_path / "home"),
+                              HF_MODULES_CACHE=str(tmp_path / "modules")))
+    assert done.returncode == 0, done.stderr
+    chat, greedy, beams, sampled = json.loads(done.stdout.splitlines()[-1])
+    words = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    ids = [S.encode("What is a list?", tokenizer), *(
+        S.encode(text, tokenizer, raw=True) for text in ("The import statement", "A"))]
+    ours = [words(new) for new in S.generate(model, ids, 12, eos_token_id=2).tokens]
+    assert chat == ours[0] and greedy == [words(i) + a for i, a in zip(ids[1:], ours[1:])]
+    batch, mask = left_pad([row.tolist() for row in ids[1:]], 2)
+    out = model.generate(batch, attention_mask=mask, max_new_tokens=12, num_beams=3)
+    assert beams == [words(row) for row in out] and sampled == greedy
+
+
 def test_readme_exercises_fit_the_files():
     """What an exercise replaces stands exactly once in its file."""
     with open(os.path.join(HERE, "README.md")) as file:
@@ -2101,6 +2200,49 @@ def test_pictures_draw(tmp_path):
             for key, table in TABLES.items() for label, _, figure in table.rows]
     plot_ablations(rows, tmp_path, SMALLEST, tmp_path / "assets")
     assert len(list((tmp_path / "assets").glob("*.png"))) == 4
+
+
+# ---- --compare-teacher: what speculation brings a real model, and that it changes nothing ------
+
+
+def trial_prompts():
+    """Ten prompts that ask for free text, and ten for text that repeats itself. -> two lists"""
+    free = [f"Tell me about {thing}." for thing in (
+        "rain", "Paris", "bread", "the moon", "chess", "cats", "trains", "tea", "music", "bees")]
+    code = (textwrap.indent, textwrap.shorten, textwrap.fill, shlex.join, shlex.quote)
+    again = ["Add a comment to this code and print all of it:\n" + inspect.getsource(f)
+             for f in code]
+    again += ["Go on with this list up to 40:\n" + "".join(
+        f"{i}. There are {i} {word} on the table.\n" for i in range(1, 9))
+        for word in ("apples", "pens", "dogs", "cups", "keys")]
+    return free, again
+
+
+def compare_teacher(teacher, target, n_new):
+    """20 prompts, greedy: plain decoding, ngram:3, and transformers' own generate. -> rows
+
+    Hybrid and teacher each are their own target; transformers decodes the teacher on the same
+    prompts, a quarter of the tokens. All times are without the prompt.
+    """
+    args = S.parse_args(["--target", target, "--prompt", "-", "--max-new-tokens", str(n_new)])
+    device, n, rows = torch.device(DEVICE), max(1, n_new // 4), []
+    (hybrid, tokenizer), (teacher, _) = S.load(target, device), S.load(teacher, device)
+
+    @functools.lru_cache                                # once a prompt, not once a target
+    def transformers_generate(prompt):
+        spent = [S.seconds(lambda n_new=n_new: teacher.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
+            max_new_tokens=n_new, min_new_tokens=n_new), prompt.is_cuda) for n_new in (n + 1, 1)]
+        return S.DecodeResult([range(n + 1)], n, 0, 0, 1.0, spent[0] - spent[1], 0.0)
+
+    for kind, texts in zip(("free text", "text that repeats itself"), trial_prompts()):
+        prompts = [S.encode(text, tokenizer).to(device) for text in texts]
+        for name, model in ("hybrid", hybrid), ("teacher", teacher):
+            print(f"\n{name}, {len(prompts)} prompts for {kind}, {n_new} tokens")
+            rows += [{"target": name, "prompts": kind} | row for row in S.compare(
+                model, {"ngram:3": S.NGramDraft(3)}, prompts, args,
+                **{"transformers, teacher": transformers_generate})]
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2597,20 +2739,29 @@ def parse_args(argv):
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
     parser.add_argument("--plot", metavar="DIR", help="of --ablate: the README's pictures")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--compare-teacher", metavar="DIR", help="a teacher and its hybrid, "
+                        "--target, decode 20 prompts plainly, with ngram:3, and by transformers")
+    parser.add_argument("--target", metavar="DIR", help="of --compare-teacher: the hybrid")
+    parser.add_argument("--tokens", type=int, default=128, help="of --compare-teacher (128)")
     args = parser.parse_args(argv)
-    if args.bench == args.ablate:
-        parser.error("give --bench or --ablate; the tests: python -m pytest test_all.py")
-    if args.plot and (args.bench or args.only):
+    if args.bench + args.ablate + bool(args.compare_teacher and args.target) != 1:
+        parser.error("give --bench, --ablate, or --compare-teacher and --target; the tests: "
+                     "python -m pytest test_all.py")
+    if args.plot and (not args.ablate or args.only):
         parser.error("--plot goes with --ablate and needs all of its tables")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rows = bench(args.length) if args.bench else ablate(args.only, args.seeds, json_file=args.json)
+    if args.ablate:
+        rows = ablate(args.only, args.seeds, json_file=args.json)
+    else:
+        rows = bench(args.length) if args.bench else compare_teacher(
+            args.compare_teacher, args.target, args.tokens)
     if args.plot:
         plot_ablations(rows, "ablate_run", SIZE, args.plot)
-    if args.json and args.bench:
+    if args.json and not args.ablate:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
 
