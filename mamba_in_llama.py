@@ -1461,15 +1461,15 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     if labels is None:
         labels = tokens.clone()
         labels[:, :prefix_len] = -100
-    models = (student, teacher)
-    modes, heads = zip(*((m.training, m.get_output_embeddings().weight) for m in models))
-    device, sums, n = heads[0].device, 0, int((labels[:, 1:] != -100).sum())
+    models, sums, n = (student, teacher), 0, int((labels[:, 1:] != -100).sum())
+    modes, device = [m.training for m in models], student.get_input_embeddings().weight.device
     for m in models:
         m.eval()
     for batch, part in zip(tokens.split(batch_size), labels.split(batch_size)):
         with autocast(device):
             batch = send(batch, device)
             _, *found = at_labels(part, *(hidden_states(m, batch) for m in models))
+            heads = [m.get_output_embeddings().weight for m in models]
             for y, *h in zip(*(v.split(1024) for v in found)):
                 s, t = (x @ head.T for x, head in zip(h, heads))
                 agree = s.argmax(-1) == t.argmax(-1)
