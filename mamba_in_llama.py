@@ -1562,42 +1562,34 @@ def my_rows(rows, labels=None):
     return mine, N * mine_n / n
 
 
-def mean_of_processes(values):
-    """The mean over the processes of a tensor without gradient; itself where there is one."""
-    if world()[1] > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world()[1]
-    return values
+def over_processes(value, op="SUM"):
+    """The sum ("MAX": the largest) over the processes of a number or a tensor without gradient."""
+    if world()[1] == 1:
+        return value
+    total = torch.as_tensor(value).clone()
+    dist.all_reduce(total, getattr(dist.ReduceOp, op))
+    return total if torch.is_tensor(value) else total.item()
 
 
-def largest(value):
-    """The largest of the processes' numbers: what all of them then act upon, clocks included."""
-    values = [value] * world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return max(values)
-
-
-def whole_state(student, optimizer=None):
-    """State dicts of the unsharded student and optimizer: on rank 0's CPU, elsewhere empty."""
+def whole_state(student, optimizers=None):
+    """State dicts of the unsharded student and optimizers: on rank 0's CPU, elsewhere empty."""
     from torch.distributed.checkpoint import state_dict as dcp  # seconds to import
     if world()[1] > 1:
         student.reshard()
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {"student": dcp.get_model_state_dict(student, options=options),
-            "optimizer": optimizer and dcp.get_optimizer_state_dict(student, optimizer,
-                                                                    options=options)}
+            "optimizer": optimizers and dcp.get_optimizer_state_dict(student, optimizers,
+                                                                     options=options)}
 
 
-def load_whole_state(state, student, optimizer=None):
+def load_whole_state(state, student, optimizers=None):
     """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N."""
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, strict=False,
                                    broadcast_from_rank0=world()[1] > 1)
     dcp.set_model_state_dict(student, dict(state["student"]), options=options)
-    if optimizer:
-        dcp.set_optimizer_state_dict(student, optimizer, state["optimizer"], options=options)
+    if optimizers:
+        dcp.set_optimizer_state_dict(student, optimizers, state["optimizer"], options=options)
 
 
 def write_whole(thing, path):
@@ -1630,17 +1622,17 @@ class Progress:
 
     def due(self):
         """Is it time to write, in the opinion of any process?"""
-        return bool(self.path) and largest(
-            self.stop or time.monotonic() - self.written > self.every)
+        late = time.monotonic() - self.written > self.every
+        return bool(self.path) and over_processes(int(self.stop or late), "MAX") > 0
 
-    def write(self, student, optimizer=None, **changes):
-        """Put the whole student, optimizer and `changes` to disk; stop if a signal asked for it."""
+    def write(self, student, optimizers=None, **changes):
+        """Put the whole student, optimizers, `changes` to disk; stop if a signal asked for it."""
         if not self.path:
             return
-        self.state.update(changes, **whole_state(student, optimizer))
+        self.state.update(changes, **whole_state(student, optimizers))
         write_whole(self.state, self.path)
         self.written = time.monotonic()
-        if largest(self.stop):
+        if over_processes(int(self.stop), "MAX"):
             print(f"stopped; go on with --resume ({self.path})", file=sys.stderr)
             sys.exit(3)
 
@@ -1676,9 +1668,24 @@ def all_parameters(student):
     return list(student.parameters())
 
 
+def optimizers_of(student, parameters, lr, muon=False):
+    """AdamW (0.9, 0.98); with `muon` torch's Muon takes the layers' matrices.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    matrices = {p for name, p in student.named_parameters() if muon and ".layers." in name
+                and p.ndim == 2 and not name.endswith("A_log")}
+    inside, rest = ([p for p in parameters if (p in matrices) == want] for want in (True, False))
+    both = (torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            if inside else None,
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            if rest else None)
+    return [o for o in both if o]
+
+
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
-          tokens_per_step=0, progress=None):
-    """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
+          tokens_per_step=0, progress=None, muon=False):
+    """`optimizers_of`, linear warm-up, cosine to 0, clipping; resumes from `progress`.
 
     loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given.
     A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
@@ -1689,30 +1696,31 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
     student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=True)
+    optimizers = optimizers_of(student, parameters, lr, muon)
     saved = progress.state
     if saved.get("stage") == name:                                             # go on inside
-        load_whole_state(saved, student, optimizer)
+        load_whole_state(saved, student, optimizers)
         first, history, spent = saved["step"], saved["history"], saved["spent"]
     start, losses = time.monotonic() - spent, []
     bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
     for step in bar:
-        done = step / steps if seconds is None else largest(time.monotonic() - start) / seconds
+        done = step / steps
+        if seconds is not None:
+            done = over_processes(time.monotonic() - start, "MAX") / seconds
         if done >= 1:
             break
         ramp = min(1.0, (done + 1 / steps) / warmup)
-        for group in optimizer.param_groups:
+        for group in chain(*(o.param_groups for o in optimizers)):
             group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
         loss = loss_of_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        student.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         losses.append(loss.detach())
         due = progress.due()
         # on CUDA looking at the loss waits for the device, so look at ten at a time
         if due or not loss.is_cuda or step % 10 == 9 or step == steps - 1:
-            values = mean_of_processes(torch.stack(losses)).tolist()
+            values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1}; "
                                          "the last good checkpoint stands")
@@ -1720,9 +1728,10 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
             losses = []
             rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
             bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if due:
-            progress.write(student, optimizer, stage=name, step=step + 1, history=history,
+            progress.write(student, optimizers, stage=name, step=step + 1, history=history,
                            spent=time.monotonic() - start)
     bar.close()
     student.requires_grad_(True)
@@ -1795,7 +1804,7 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
             y = mixer(u, position_embeddings=rope)[0].float()
             error.append((y - wanted).pow(2).sum())
             power.append(wanted.float().pow(2).sum())
-        return (torch.stack(error) / mean_of_processes(torch.stack(power))).mean()
+        return (torch.stack(error) / over_processes(torch.stack(power))).mean() * world()[1]
 
     if not mixers or steps == 0:
         return []
@@ -2085,8 +2094,8 @@ def tiny_world():
     return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
-    """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
+def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=5e-3, layers=4, width=128):
+    """A Llama of 4 layers, width 128, trained for a quarter of a minute; AdamW needs far longer.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
     """
@@ -2095,23 +2104,14 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
-    matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
-                  torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 * (1 - i / steps)))
-                 for o in optimizers]
-    draw = torch.Generator().manual_seed(0)
-    bar = progress_bar(range(steps), "teacher", unit="step")
-    for _ in bar:
-        starts = torch.randint(len(tokens) - length, (8,), generator=draw)
-        batch = torch.stack([tokens[i:i + length] for i in starts])
-        loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        teacher.zero_grad()
-        loss.backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        bar.set_postfix_str(f"loss {loss:.3f}")
+    starts = torch.randint(len(tokens) - length, (steps, 8),
+                           generator=torch.Generator().manual_seed(0))
+
+    def loss_of_step(step):
+        batch = torch.stack([tokens[i:i + length] for i in starts[step]])
+        return F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    train("teacher", teacher, list(teacher.parameters()), loss_of_step, steps, lr, muon=True)
     return teacher.eval()
 
 
@@ -2242,6 +2242,7 @@ FLAGS = {       # name: (type or choices, default, help); a default of False mak
     "pairs": (COUNT, 256, "preference pairs made where no file is given"),
     "eval-rows": (COUNT, 32, "held-out rows, and pairs, per evaluation"),
     "lr": (AMOUNT, 2e-3, "learning rate of the alignment; the stages take shares of it"),
+    "muon": (bool, False, "Muon instead of AdamW for the layers' matrices"),
     "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
     "beta": (float, 1.0, "weight of the KL in Eq. 2"),
     "dpo-beta": (float, 0.1, "beta of Eq. 4"),
@@ -2365,7 +2366,7 @@ class Story:
         steps = max(1, round(args.tokens * share / parts / batch / data.train[0].shape[1]))
         seconds = args.minutes and 60 * args.minutes * share / parts
         budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * rate,
-                      batch_size=batch, progress=self.progress)
+                      batch_size=batch, progress=self.progress, muon=args.muon)
         if stage == "alignment":
             history = align_mixers(S, T, data.train[0], **budget)
         elif stage == "stage 3":
@@ -2469,10 +2470,10 @@ def prepare(args, progress, device):
     context = teacher.config.max_position_embeddings
     require(args.length <= context, f"--length {args.length} is longer than the teacher's "
             f"context of {context}")
-    largest(0)                                      # all have looked at --out by now
+    over_processes(0)                               # all have looked at --out by now
     if world()[0] == 0 and not os.path.exists(cached):
         write_whole(vars(real_data(teacher, chat, args)), cached)
-    largest(0)                                      # and now the file is there
+    over_processes(0)                               # and now the file is there
     return teacher, chat, Data(**torch.load(cached))
 
 
