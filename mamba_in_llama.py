@@ -61,7 +61,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -545,9 +544,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
         scores = dot(B_i, tl.trans(C_i), scores)
     delta = tl.where(old, old_delta, softplus(dt_s.to(tl.float32) + shift))
     delta = tl.where(s < n_old + T, delta, 0)
-    decay = (delta * a)[:, None]
-    causal = s[:, None] <= n_old + t[None, :]                           # (BR,BT)
-    cum_s, cum_t = tl.cumsum(decay, 0), tl.sum(tl.where(causal, decay, 0), 0)[None, :]
+    decay = delta * a                               # 1-D: a cumsum over (BR,1) came out wrong on
+    causal = s[:, None] <= n_old + t[None, :]       # an H100 (Triton 3.6)                   (BR,BT)
+    cum_s = tl.cumsum(decay)[:, None]
+    cum_t = tl.sum(tl.where(causal, decay[:, None], 0), 0)[None, :]
 
     # 2. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
     scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
@@ -692,14 +692,14 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
-    mamba2 keeps to 32 rows of state and two warps: from 64 rows on Triton 3.6 takes Hopper's
-    WGMMA, and the results came out wrong.
+    mamba2 keeps to two warps, for which Triton 3.6 never takes Hopper's WGMMA: with it the results
+    came out wrong. 32 x 128 x 128, 5 tokens: 76 us at batch 64, where 32 x 32 tiles took 84.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
         BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
-        return (min(P & -P, 32), min(BN, 32), BR, BT, 2, None, 4) if large else (
-            min(P & -P, 16), BN, BR, BT, 1, None, 1)
+        return (min(P & -P, 64 if large and N > 64 else 32), min(BN, 64 if N > 64 else 32), BR, BT,
+                2 if P % 32 == 0 else 1, None, 3)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
         return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
@@ -1491,49 +1491,71 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     keep = labels[:, 1:] != -100
     ce, kl = token_losses(student_logits[:, :-1][keep], teacher_logits[:, :-1][keep],
                           labels[:, 1:][keep])
-    return equation_2(ce, kl, alpha, beta)
+    return equation_2(ce, kl, len(ce), alpha, beta)
 
 
-def equation_2(ce, kl, alpha, beta):
-    """The mean over n labelled tokens of alpha ce + beta kl. ce, kl (n,) -> loss (), parts"""
-    n = len(ce)
+def equation_2(ce, kl, n, alpha, beta):
+    """The mean over n labelled tokens of alpha ce + beta kl -> loss (), parts"""
     ce, kl = ce.sum() / max(n, 1), kl.sum() / max(n, 1)
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
+
+
+def send(tensor, device):
+    """`tensor` on `device`, without waiting.
+
+    A copy from ordinary memory to a GPU first waits for all that the GPU has been told to do.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def at_labels(labels, *hidden):
+    """The labelled tokens y, and of each of `hidden` what predicts them.
+
+    Labels on the CPU spare a CUDA run the wait for how many there are.
+
+    labels (b,l)  hidden (b,l,D) -> where (n,) in the flattened batch, y (n,), each (n,D)
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    where = (following != -100).nonzero()[:, 0]
+    where, y = (send(v, hidden[0].device) for v in (where, following[where]))
+    return where, y, *(h.flatten(0, 1)[where] for h in hidden)
+
+
+@lru_cache(1)
+def fused_token_losses():
+    """Compiled once; passes over (chunk x V) fp32 values were half of a training step."""
+    return torch.compile(token_losses, dynamic=True)
 
 
 def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=None):
     """`token_losses` from hidden states: logits exist for `chunk` labelled tokens at a time.
 
-    Logits are made again in the backward pass, so memory is chunk x V, not tokens x V. Labels on
-    the CPU spare a CUDA run the synchronisation of looking which tokens are labelled.
+    Logits are made again in the backward pass, so memory is chunk x V, not tokens x V.
 
-    hidden (b,l,D)  head (V,D)  labels (b,l) -> ce (n,), kl (n,), rows (n,) of the batch
+    hidden (b,l,D)  head (V,D)  labels (b,l) -> ce (b,l), kl (b,l), 0 at what predicts no label
     """
     chunk = chunk or (4096 if hidden.is_cuda else 1024)
-    where = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
-    y = labels[:, 1:].flatten()[where].to(hidden.device)
-    rows = (where // (labels.shape[1] - 1)).to(hidden.device)
-    where = where.to(hidden.device)
-    h, t = (None if v is None else v[:, :-1].flatten(0, 1)[where]
-            for v in (hidden, teacher_hidden))
-    # fused on CUDA, where passes over (chunk x V) fp32 values were half of a training step
-    per_token = torch.compile(token_losses, dynamic=True) if hidden.is_cuda else token_losses
+    both = [hidden] if teacher_hidden is None else [hidden, teacher_hidden]
+    where, y, *both = at_labels(labels, *both)
+    per_token = fused_token_losses() if hidden.is_cuda else token_losses
 
-    def losses(part):
-        return per_token(h[part] @ head.T, None if t is None else t[part] @ teacher_head.T, y[part])
+    def losses(y, h, t=None):
+        return per_token(h @ head.T, None if t is None else t @ teacher_head.T, y)
 
-    parts = [checkpoint(losses, slice(i, i + chunk), use_reentrant=False)
-             for i in range(0, max(len(h), 1), chunk)]
-    ce, kl = (torch.cat(column) for column in zip(*parts))
-    return ce, kl, rows
+    parts = [checkpoint(losses, *part, use_reentrant=False)
+             for part in zip(*(v.split(chunk) for v in (y, *both)))]
+    return [torch.cat(column).new_zeros(labels.numel()).index_copy(0, where, torch.cat(column))
+            .view(labels.shape) for column in zip(*parts)]
 
 
 def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
                               alpha=1.0, beta=0.1, chunk=None):
     """Eq. 2 from hidden states (b,l,D) and head weights (V,D): `distillation_loss`'s twin."""
-    ce, kl, _ = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
-                                     teacher_head, chunk)
-    return equation_2(ce, kl, alpha, beta)
+    ce, kl = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
+                                  teacher_head, chunk)
+    return equation_2(ce, kl, int((labels[:, 1:] != -100).sum()), alpha, beta)
 
 
 def sequence_logps(logits, labels):
@@ -1559,6 +1581,11 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 # ---------------------------------------------------------------------------------------------
 
 
+def autocast(device):
+    """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.no_grad()
 def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     """How far the student is from its teacher on held-out text.
@@ -1572,34 +1599,57 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     if labels is None:
         labels = tokens.clone()
         labels[:, :prefix_len] = -100
-    device, totals = student.get_input_embeddings().weight.device, torch.zeros(5)
-    modes = [(m, m.training) for m in (student, teacher)]
-    for m, _ in modes:
+    models, sums, n = (student, teacher), 0, int((labels[:, 1:] != -100).sum())
+    modes, device = [m.training for m in models], student.get_input_embeddings().weight.device
+    for m in models:
         m.eval()
-    for i in range(0, len(tokens), batch_size):
-        part = labels[i:i + batch_size]
+    for batch, part in zip(tokens.split(batch_size), labels.split(batch_size)):
         with autocast(device):
-            keep, batch = part[:, 1:] != -100, tokens[i:i + batch_size].to(device)
-            both = [hidden_states(m, batch)[:, :-1][keep.to(device)] for m, _ in modes]
-            heads = [m.get_output_embeddings().weight for m, _ in modes]
-            targets = part[:, 1:][keep].to(device)
-            for *h, y in zip(*(v.split(1024) for v in (*both, targets))):
+            batch = send(batch, device)
+            _, *found = at_labels(part, *(hidden_states(m, batch) for m in models))
+            heads = [m.get_output_embeddings().weight for m in models]
+            for y, *h in zip(*(v.split(1024) for v in found)):
                 s, t = (x @ head.T for x, head in zip(h, heads))
-                ce, kl = token_losses(s, t, y)
-                ce_t, _ = token_losses(t, None, y)
                 agree = s.argmax(-1) == t.argmax(-1)
-                totals += torch.stack([v.double().sum() for v in (ce, ce_t, kl, agree)] +
-                                      [torch.tensor(float(len(y)), device=device)]).cpu()
-    for m, training in modes:
+                columns = (*token_losses(s, t, y), token_losses(t, None, y)[0], agree)
+                sums = sums + torch.stack([v.double().sum() for v in columns])
+    for m, training in zip(models, modes):
         m.train(training)
-    nats, teacher_nats, kl, agreement, _ = (totals / totals[-1].clamp(min=1)).tolist()
+    nats, kl, teacher_nats, agreement = (sums / max(n, 1)).tolist() if n else (0.0,) * 4
     return {"perplexity": math.exp(nats), "teacher_perplexity": math.exp(teacher_nats),
             "ratio": math.exp(nats - teacher_nats), "kl": kl, "agreement": agreement}
 
 
-def autocast(device):
-    """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def greedy_agreement(student, teacher, prompts, end=None, n=32):
+    """Likelihood flatters, so: greedy answers of n tokens to `prompts` (lists of ids), compared.
+
+    -> {"common_prefix": mean number of tokens until they part, "identical": share of answers}
+    """
+    pairs = list(zip(*(sample(m, prompts, n, end, top_k=1) for m in (student, teacher))))
+    lengths = [len(os.path.commonprefix(pair)) for pair in pairs]
+    return {"common_prefix": sum(lengths) / len(pairs),
+            "identical": sum(s == t for s, t in pairs) / len(pairs), "prompts": len(pairs)}
+
+
+@torch.no_grad()
+def choose_layers(student, teacher, n, tokens, labels, batch_size=8):
+    """Which n layers should stay attention, by what restoring each regains.
+
+    student: aligned mixers in every layer. Layer i's score is how much the KL to the teacher falls
+    when attention i alone stands in for mixer i (2512.20569).
+
+    tokens, labels (m,l) -> the n best layers in order, scores of all of them in nats per token
+    """
+    def kl():
+        return evaluate(student, teacher, tokens, labels=labels, batch_size=batch_size)["kl"]
+
+    before, scores = kl(), []
+    for layer, original in zip(student.model.layers, teacher.model.layers):
+        mixer, layer.self_attn = layer.self_attn, original.self_attn
+        scores.append(before - kl())
+        layer.self_attn = mixer
+    best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:n]
+    return sorted(best), scores
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1650,41 +1700,34 @@ def my_rows(rows, labels=None):
     return mine, N * mine_n / n
 
 
-def mean_of_processes(values):
-    """The mean over the processes of a tensor without gradient; itself where there is one."""
-    if world()[1] > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world()[1]
-    return values
+def over_processes(value, op="SUM"):
+    """The sum ("MAX": the largest) over the processes of a number or a tensor without gradient."""
+    if world()[1] == 1:
+        return value
+    total = torch.as_tensor(value).clone()
+    dist.all_reduce(total, getattr(dist.ReduceOp, op))
+    return total if torch.is_tensor(value) else total.item()
 
 
-def largest(value):
-    """The largest of the processes' numbers: what all of them then act upon, clocks included."""
-    values = [value] * world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return max(values)
-
-
-def whole_state(student, optimizer=None):
-    """State dicts of the unsharded student and optimizer: on rank 0's CPU, elsewhere empty."""
+def whole_state(student, optimizers=None):
+    """State dicts of the unsharded student and optimizers: on rank 0's CPU, elsewhere empty."""
     from torch.distributed.checkpoint import state_dict as dcp  # seconds to import
     if world()[1] > 1:
         student.reshard()
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return (dcp.get_model_state_dict(student, options=options), optimizer and
-            dcp.get_optimizer_state_dict(student, optimizer, options=options))
+    return {"student": dcp.get_model_state_dict(student, options=options),
+            "optimizer": optimizers and dcp.get_optimizer_state_dict(student, optimizers,
+                                                                     options=options)}
 
 
-def load_whole_state(student, state, optimizer=None, moments=None):
+def load_whole_state(state, student, optimizers=None):
     """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N."""
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, strict=False,
                                    broadcast_from_rank0=world()[1] > 1)
-    dcp.set_model_state_dict(student, dict(state), options=options)
-    if optimizer:
-        dcp.set_optimizer_state_dict(student, optimizer, moments, options=options)
+    dcp.set_model_state_dict(student, dict(state["student"]), options=options)
+    if optimizers:
+        dcp.set_optimizer_state_dict(student, optimizers, state["optimizer"], options=options)
 
 
 def write_whole(thing, path):
@@ -1717,18 +1760,17 @@ class Progress:
 
     def due(self):
         """Is it time to write, in the opinion of any process?"""
-        return bool(self.path) and largest(
-            self.stop or time.monotonic() - self.written > self.every)
+        late = time.monotonic() - self.written > self.every
+        return bool(self.path) and over_processes(int(self.stop or late), "MAX") > 0
 
-    def write(self, student, optimizer=None, **changes):
-        """Put the whole student, optimizer and `changes` to disk; stop if a signal asked for it."""
+    def write(self, student, optimizers=None, **changes):
+        """Put the whole student, optimizers, `changes` to disk; stop if a signal asked for it."""
         if not self.path:
             return
-        student, moments = whole_state(student, optimizer)
-        self.state.update(changes, student=student, optimizer=moments)
+        self.state.update(changes, **whole_state(student, optimizers))
         write_whole(self.state, self.path)
         self.written = time.monotonic()
-        if largest(self.stop):
+        if over_processes(int(self.stop), "MAX"):
             print(f"stopped; go on with --resume ({self.path})", file=sys.stderr)
             sys.exit(3)
 
@@ -1739,14 +1781,16 @@ def progress_bar(things, name, **options):
                 disable=world()[0] > 0 or not sys.stderr.isatty(), **options)
 
 
-def batch_rows(n, batch_size, step, seed=0):
-    """The rows of one step: shuffled epochs; depends on (seed, step) alone, so runs resume.
+@lru_cache(4)
+def epoch_order(n, seed, epoch):
+    """A shuffle of 0..n-1 that depends on the arguments alone, so that runs resume. -> (n,)"""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-    -> (batch_size,) indices into 0..n-1
-    """
+
+def batch_rows(n, batch_size, step, seed=0):
+    """The rows of one step: shuffled epochs. -> (batch_size,) indices into 0..n-1"""
     first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n
-    order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(
-        seed * 1_000_003 + epoch)) for epoch in range(first, last + 1)])
+    order = torch.cat([epoch_order(n, seed, epoch) for epoch in range(first, last + 1)])
     return order[step * batch_size - first * n:][:batch_size]
 
 
@@ -1762,9 +1806,24 @@ def all_parameters(student):
     return list(student.parameters())
 
 
+def optimizers_of(student, parameters, lr, muon=False):
+    """AdamW (0.9, 0.98); with `muon` torch's Muon takes the layers' matrices.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    matrices = {p for name, p in student.named_parameters() if muon and ".layers." in name
+                and p.ndim == 2 and not name.endswith("A_log")}
+    inside, rest = ([p for p in parameters if (p in matrices) == want] for want in (True, False))
+    both = (torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            if inside else None,
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            if rest else None)
+    return [o for o in both if o]
+
+
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
-          tokens_per_step=0, progress=None):
-    """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
+          tokens_per_step=0, progress=None, muon=False):
+    """`optimizers_of`, linear warm-up, cosine to 0, clipping; resumes from `progress`.
 
     loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given.
     A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
@@ -1775,30 +1834,31 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
     student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=True)
+    optimizers = optimizers_of(student, parameters, lr, muon)
     saved = progress.state
     if saved.get("stage") == name:                                             # go on inside
-        load_whole_state(student, saved["student"], optimizer, saved["optimizer"])
+        load_whole_state(saved, student, optimizers)
         first, history, spent = saved["step"], saved["history"], saved["spent"]
     start, losses = time.monotonic() - spent, []
     bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
     for step in bar:
-        done = step / steps if seconds is None else largest(time.monotonic() - start) / seconds
+        done = step / steps
+        if seconds is not None:
+            done = over_processes(time.monotonic() - start, "MAX") / seconds
         if done >= 1:
             break
         ramp = min(1.0, (done + 1 / steps) / warmup)
-        for group in optimizer.param_groups:
+        for group in chain(*(o.param_groups for o in optimizers)):
             group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
         loss = loss_of_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        student.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         losses.append(loss.detach())
         due = progress.due()
         # on CUDA looking at the loss waits for the device, so look at ten at a time
         if due or not loss.is_cuda or step % 10 == 9 or step == steps - 1:
-            values = mean_of_processes(torch.stack(losses)).tolist()
+            values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {step + 1}; "
                                          "the last good checkpoint stands")
@@ -1806,20 +1866,31 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
             losses = []
             rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
             bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if due:
-            progress.write(student, optimizer, stage=name, step=step + 1, history=history,
+            progress.write(student, optimizers, stage=name, step=step + 1, history=history,
                            spent=time.monotonic() - start)
     bar.close()
     student.requires_grad_(True)
     return history
 
 
+# transformers' own "sdpa" under a name for which it builds no mask: where all rows are whole,
+# causal attention needs none, and looking for one waits for the GPU in every forward pass
+AttentionInterface.register("causal", AttentionInterface()["sdpa"])
+
+
 @contextmanager
-def compiled(modules, device, steps, seconds=None):
-    """torch.compile for a CUDA stage long enough to repay it (a third of the time of a step on an
-    H200) and is not sharded; plain modules again after it."""
-    long = steps > 500 if seconds is None else seconds > 45
+def fast(models, modules, device, length, long):
+    """For training on whole rows of `length`: attention without a mask and, in a `long` stage on
+    one GPU, torch.compile of `modules` (a third of a step's time on an H200)."""
+    configs = [m.model.config for m in models]
+    before = [c._attn_implementation for c in configs]
+    for c in configs:
+        window = getattr(c, "sliding_window", None) or length
+        if c._attn_implementation == "sdpa" and window >= length:
+            c._attn_implementation = "causal"
     chosen = list(modules) if device.type == "cuda" and long and world()[1] == 1 else []
     for module in chosen:
         module.compile(dynamic=False)
@@ -1828,6 +1899,22 @@ def compiled(modules, device, steps, seconds=None):
     finally:
         for module in chosen:
             module._compiled_call_impl = None
+        for c, name in zip(configs, before):
+            c._attn_implementation = name
+
+
+def run_stage(name, student, teacher, parameters, modules, loss_of_rows, tokens, labels, steps,
+              batch_size, lr, **options):
+    """`train` on shuffled rows. loss_of_rows(rows of this process, their share) -> loss"""
+    def loss_of_step(step):
+        with autocast(device):
+            return loss_of_rows(*my_rows(batch_rows(len(tokens), batch_size, step), labels))
+
+    device, seconds = student.get_input_embeddings().weight.device, options.get("seconds")
+    long = steps > 500 if seconds is None else seconds > 45     # repays the compilation
+    with fast((student, teacher), modules, device, tokens.shape[1], long):
+        return train(name, student, parameters, loss_of_step, steps, lr,
+                     tokens_per_step=batch_size * tokens.shape[1], **options)
 
 
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
@@ -1846,28 +1933,25 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
             seen[i] = kwargs["hidden_states"], kwargs["position_embeddings"], output[0]
         return hook
 
-    def loss_of_step(step):
-        rows, _ = my_rows(batch_rows(len(tokens), batch_size, step))
+    def loss_of_rows(rows, _):
         error, power = [], []
-        with autocast(device):
-            with torch.no_grad():
-                hidden_states(teacher, tokens[rows].to(device))
-            for i, mixer in mixers.items():
-                u, rope, wanted = seen[i]
-                y = mixer(u, position_embeddings=rope)[0].float()
-                error.append((y - wanted).pow(2).sum())
-                power.append(wanted.float().pow(2).sum())
-        return (torch.stack(error) / mean_of_processes(torch.stack(power))).mean()
+        with torch.no_grad():
+            hidden_states(teacher, send(tokens[rows], device))
+        for i, mixer in mixers.items():
+            u, rope, wanted = seen[i]
+            y = mixer(u, position_embeddings=rope)[0].float()
+            error.append((y - wanted).pow(2).sum())
+            power.append(wanted.float().pow(2).sum())
+        return (torch.stack(error) / over_processes(torch.stack(power))).mean() * world()[1]
 
     if not mixers or steps == 0:
         return []
     hooks = [teacher.model.layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True)
              for i in mixers]
-    parts = chain(mixers.values(), (layer.mlp for layer in teacher.model.layers))
+    modules = chain(mixers.values(), (layer.mlp for layer in teacher.model.layers))
     try:
-        with compiled(parts, device, steps, options.get("seconds")):
-            return train("alignment", student, mixer_parameters(student), loss_of_step, steps, lr,
-                         tokens_per_step=batch_size * tokens.shape[1], **options)
+        return run_stage("alignment", student, teacher, mixer_parameters(student), modules,
+                         loss_of_rows, tokens, None, steps, batch_size, lr, **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -1881,30 +1965,26 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
     """
     device = student.get_input_embeddings().weight.device
 
-    def loss_of_step(step):
-        rows, share = my_rows(batch_rows(len(tokens), batch_size, step), labels)
-        batch = tokens[rows].to(device)
-        with autocast(device):
-            with torch.no_grad():
-                t = hidden_states(teacher, batch) if beta else None
-            s = hidden_states(student, batch)
-            heads = [m.get_output_embeddings().weight for m in (student, teacher)]
-            return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
+    def loss_of_rows(rows, share):
+        batch = send(tokens[rows], device)
+        with torch.no_grad():
+            t = hidden_states(teacher, batch) if beta else None
+        s = hidden_states(student, batch)
+        heads = [m.get_output_embeddings().weight for m in (student, teacher)]
+        return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
 
     parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
-    with compiled(chain(student.model.layers, teacher.model.layers), device, steps,
-                  options.get("seconds")):
-        return train(name, student, parameters, loss_of_step, steps, lr,
-                     tokens_per_step=batch_size * tokens.shape[1], **options)
+    return run_stage(name, student, teacher, parameters,
+                     chain(student.model.layers, teacher.model.layers), loss_of_rows, tokens,
+                     labels, steps, batch_size, lr, **options)
 
 
 def preference_logps(model, tokens, labels):
     """`sequence_logps` without ever holding all logits. tokens, labels (b,l) -> (b,)"""
     device = model.get_input_embeddings().weight.device
     with autocast(device):
-        ce, _, rows = chunked_token_losses(hidden_states(model, tokens.to(device)),
-                                           model.get_output_embeddings().weight, labels)
-    return ce.new_zeros(len(tokens)).index_add(0, rows, -ce)
+        hidden = hidden_states(model, send(tokens, device))
+        return -chunked_token_losses(hidden, model.get_output_embeddings().weight, labels)[0].sum(1)
 
 
 def preference_losses(student, teacher, chosen, rejected, beta=0.1):
@@ -1923,24 +2003,20 @@ def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0
 
     -> list of (step, loss)
     """
-    def loss_of_step(step):
-        rows, _ = my_rows(batch_rows(len(chosen[0]), batch_size, step))
+    def loss_of_rows(rows, _):
         pairs = [[v[rows] for v in side] for side in (chosen, rejected)]
         return preference_losses(student, teacher, *pairs, beta)[0].mean()
 
-    return train("stage 3", student, all_parameters(student), loss_of_step, steps, lr,
-                 tokens_per_step=2 * batch_size * chosen[0].shape[1], **options)
+    return run_stage("stage 3", student, teacher, all_parameters(student), (), loss_of_rows,
+                     chosen[0], None, steps, batch_size, lr, **options)
 
 
 @torch.no_grad()
 def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
     """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
-    right = 0
-    for i in range(0, len(chosen[0]), batch_size):
-        pairs = [[v[i:i + batch_size] for v in side] for side in (chosen, rejected)]
-        _, better, worse = preference_losses(student, teacher, *pairs)
-        right += int((better > worse).sum())
-    return right / max(1, len(chosen[0]))
+    parts = zip(*(v.split(batch_size) for v in (*chosen, *rejected)))
+    right = [preference_losses(student, teacher, part[:2], part[2:]) for part in parts]
+    return sum(float((w > l).sum()) for _, w, l in right) / max(1, len(chosen[0]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1965,12 +2041,13 @@ class Data:
     questions: tuple = ()              # held-out prompts (ids) to show
 
 
-def well_formed(value):
-    """Is this field of a JSONL row a text, or turns of a chat with an answer at their end?"""
-    if not isinstance(value, list):
+def well_formed(key, value):
+    """Is this field of a JSONL row a text, or (messages) turns with an answer at their end?"""
+    if key != "messages":
         return isinstance(value, str) and value != ""
-    return len(value) > 1 and all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
-                                  and isinstance(turn.get("content"), str) for turn in value)
+    return isinstance(value, list) and len(value) > 1 and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str) for turn in value)
 
 
 def read_jsonl(path, kind):
@@ -1983,11 +2060,10 @@ def read_jsonl(path, kind):
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-            fits = isinstance(row, dict) and any(
-                all(isinstance(row.get(k), list if k == "messages" else str)
-                    and well_formed(row[k]) for k in keys) for keys in JSONL_ROWS[kind])
-            require(fits, f"{path}:{number}: a row of {kind} needs " + " or ".join(
-                "{" + ", ".join(keys) + "}" for keys in JSONL_ROWS[kind]))
+            require(isinstance(row, dict) and any(
+                all(well_formed(key, row.get(key)) for key in keys) for keys in JSONL_ROWS[kind]),
+                f"{path}:{number}: a row of {kind} needs " + " or ".join(
+                    "{" + ", ".join(keys) + "}" for keys in JSONL_ROWS[kind]))
             rows.append(row)
     require(rows, f"{path}: no rows")
     return rows
@@ -2066,6 +2142,17 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     return answers
 
 
+def first_answers(tokens, labels):
+    """Every row's first answer and what stands before it. (n,l) -> prompts, answers (ids)"""
+    prompts, answers = [], []
+    for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
+        first = marks.index(True)
+        last = (marks + [False]).index(False, first)
+        prompts.append(row[:first])
+        answers.append(row[first:last])
+    return prompts, answers
+
+
 def preference_pairs(chat, tokens, labels, length):
     """Pairs for stage 3 without a file: a row's first answer against the next row's.
 
@@ -2073,12 +2160,7 @@ def preference_pairs(chat, tokens, labels, length):
 
     tokens, labels (n,l) -> chosen (tokens, labels), rejected (tokens, labels)
     """
-    prompts, answers = [], []
-    for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
-        first = marks.index(True)
-        last = (marks + [False]).index(False, first)
-        prompts.append(row[:first])
-        answers.append(row[first:last])
+    prompts, answers = first_answers(tokens, labels)
     return [chat.pack(zip(prompts, a), length) for a in (answers, answers[1:] + answers[:1])]
 
 
@@ -2110,8 +2192,8 @@ def tiny_world():
     return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
-    """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
+def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=5e-3, layers=4, width=128):
+    """A Llama of 4 layers, width 128, trained for a quarter of a minute; AdamW needs far longer.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
     """
@@ -2120,23 +2202,14 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
-    matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
-                  torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 * (1 - i / steps)))
-                 for o in optimizers]
-    draw = torch.Generator().manual_seed(0)
-    bar = progress_bar(range(steps), "teacher", unit="step")
-    for _ in bar:
-        starts = torch.randint(len(tokens) - length, (8,), generator=draw)
-        batch = torch.stack([tokens[i:i + length] for i in starts])
-        loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        teacher.zero_grad()
-        loss.backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        bar.set_postfix_str(f"loss {loss:.3f}")
+    starts = torch.randint(len(tokens) - length, (steps, 8),
+                           generator=torch.Generator().manual_seed(0))
+
+    def loss_of_step(step):
+        batch = torch.stack([tokens[i:i + length] for i in starts[step]])
+        return F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    train("teacher", teacher, list(teacher.parameters()), loss_of_step, steps, lr, muon=True)
     return teacher.eval()
 
 
@@ -2188,9 +2261,8 @@ def real_data(teacher, chat, args):
             teacher, [start] * args.rows, args.length - len(start), None, args.sample_batch)])
     check_vocabulary(teacher, tokens.cpu())
     labels = chat.label(tokens) if labels is None else labels
-    n_held, useful = min(256, max(1, len(tokens) // 8)), (labels != -100).any(-1)
-    data = Data(*(tuple(v[part][useful[part]] for v in (tokens, labels))
-                  for part in (slice(-n_held), slice(-n_held, None))))
+    useful = (labels != -100).any(-1)
+    data = Data(*split((tokens, labels), min(256, max(1, len(tokens) // 8)), useful))
     require(len(data.train[0]) and len(data.heldout[0]), "no answers among the pseudo-labels")
     data.questions = [chat.pair(q)[0] for q in (
         "What is the capital of France, and what is it known for?",
@@ -2202,42 +2274,73 @@ def real_data(teacher, chat, args):
             args.length)
     if args.preferences:
         rows = read_jsonl(args.preferences, "preferences")
-        both = [chat.pack([chat.pair(r["prompt"], r[k]) for r in rows], args.length)
-                for k in ("chosen", "rejected")]
-        n_held = max(1, len(rows) // 8)
-        data.pairs, data.judge = ([[v[part] for v in side] for side in both]
-                                  for part in (slice(-n_held), slice(-n_held, None)))
+        data.pairs, data.judge = zip(*(
+            split(chat.pack([chat.pair(r["prompt"], r[k]) for r in rows], args.length),
+                  max(1, len(rows) // 8)) for k in ("chosen", "rejected")))
     return data
+
+
+def split(answers, n_held, useful=slice(None)):
+    """Tokens and labels (n,l) without the last n_held rows, and those; of both what is useful."""
+    keep = torch.arange(len(answers[0]))[useful]
+    last = len(answers[0]) - n_held
+    return [tuple(v[keep[part]] for v in answers) for part in (keep < last, keep >= last)]
 
 
 # ---------------------------------------------------------------------------------------------
 # 11. The command line: convert, align, three stages, evaluate after each, save, reload.
 # ---------------------------------------------------------------------------------------------
 
-# name of the stage: (share of the budget, learning rate as a multiple of --lr)
-STAGES = {"alignment": (0.40, 1.0), "stage 1": (0.15, 0.25), "stage 2": (0.42, 0.1),
-          "stage 3": (0.03, 0.01)}
-FLAGS = {       # name: (type, default, help); a default of False makes a switch
+STAGES = ("alignment", "stage 1", "stage 2", "stage 3")
+
+
+def checked(kind, fits, wanted):
+    """An argparse type: kind(text), refused with "... must be `wanted`" unless it `fits`."""
+    def read(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+    read.__name__ = getattr(kind, "__name__", "value")
+    return read
+
+
+def numbers(text):
+    """"1,0.5" -> [1.0, 0.5]"""
+    return [float(v) for v in text.split(",")]
+
+
+COUNT, AMOUNT = (checked(kind, lambda v: v > 0, "above 0") for kind in (int, float))
+FLAGS = {       # name: (type or choices, default, help); a default of False makes a switch
     "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
-    "attention": (float, 0.5, "share of attention layers that stay, 0..1"),
-    "mixer": (str, "mamba2", "mamba or mamba2; --tiny shows both"),
-    "recipe": (str, "near_linear", "how mixers start: " + ", ".join(RECIPES)),
+    "attention": (checked(float, lambda v: 0 <= v <= 1, "in 0..1"), 0.5,
+                  "share of attention layers that stay, 0..1"),
+    "choose-layers": (bool, False, "keep the layers whose attention regains the most KL, instead "
+                      "of evenly spaced ones; all layers are aligned first"),
+    "mixer": (("mamba2", "mamba"), "mamba2", "mamba or mamba2; --tiny shows both"),
+    "recipe": (tuple(RECIPES), "near_linear", "how mixers start"),
     "d-state": (int, None, "state size N, a divisor of the head dimension (default: that)"),
     "prompts": (str, None, 'JSONL, rows {"prompt"}: the teacher answers these'),
     "sft": (str, None, 'JSONL, rows {"prompt","response"} or {"messages"}: stage 2'),
     "preferences": (str, None, 'JSONL, rows {"prompt","chosen","rejected"}: stage 3'),
     "tokens-file": (str, None, "npz with pseudo-labels: array `tokens` (n,l)"),
-    "tokens": (float, 2e6, "training budget over all stages, tokens"),
-    "minutes": (float, None, "training budget over all stages, minutes; beats --tokens"),
-    "rows": (int, 1024, "rows the teacher writes where no file is given"),
-    "length": (int, 512, "tokens per row"),
-    "batch": (int, 8, "rows per step, over all GPUs"),
-    "sample-batch": (int, 64, "rows sampled at a time"),
-    "pairs": (int, 256, "preference pairs made where no file is given"),
-    "eval-rows": (int, 32, "held-out rows, and pairs, per evaluation"),
-    "lr": (float, 2e-3, "learning rate of the alignment; the stages take shares of it"),
+    "tokens": (AMOUNT, 2e6, "training budget over all stages, tokens"),
+    "minutes": (AMOUNT, None, "training budget over all stages, minutes; beats --tokens"),
+    "shares": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0 and abs(sum(v) - 1) < 0.01,
+                       "4 numbers with sum 1"), "0.4,0.15,0.42,0.03",
+               "of the budget: alignment, stages 1, 2, 3"),
+    "rates": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0, "4 numbers"),
+              "1,0.25,0.1,0.01", "learning rates of the same, as multiples of --lr"),
+    "rows": (COUNT, 1024, "rows the teacher writes where no file is given"),
+    "length": (COUNT, 512, "tokens per row"),
+    "batch": (COUNT, 8, "rows per step, over all GPUs"),
+    "sample-batch": (COUNT, 64, "rows sampled at a time"),
+    "pairs": (COUNT, 256, "preference pairs made where no file is given"),
+    "eval-rows": (COUNT, 32, "held-out rows, and pairs, per evaluation"),
+    "lr": (AMOUNT, 2e-3, "learning rate of the alignment; the stages take shares of it"),
+    "muon": (bool, False, "Muon instead of AdamW for the layers' matrices"),
     "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
     "beta": (float, 1.0, "weight of the KL in Eq. 2"),
     "dpo-beta": (float, 0.1, "beta of Eq. 4"),
@@ -2253,21 +2356,14 @@ def parse_args(argv):
     """The flags as a namespace; ValueError for values that make no sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, (kind, default, text) in FLAGS.items():
-        more = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
-        parser.add_argument(f"--{name}", **more,
+        more = ({"action": "store_true"} if kind is bool else
+                {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+        parser.add_argument(f"--{name}", **more, default=default,
                             help=text + (f" (default: {default})" if default else ""))
     parser.error = lambda message: require(False, message)      # one line, no usage
-    args = parser.parse_args(argv)
-    N = world()[1]
+    args, N = parser.parse_args(argv), world()[1]
     require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
-    require(0 <= args.attention <= 1, f"attention share {args.attention} is outside 0..1")
-    require(args.mixer in ("mamba", "mamba2"), f"mixer {args.mixer!r} is neither mamba nor mamba2")
-    require(args.recipe in RECIPES, f"recipe {args.recipe!r} is none of {', '.join(RECIPES)}")
-    for name, value in vars(args).items():
-        if name in ("length", "batch", "rows", "tokens", "eval_rows", "pairs", "lr",
-                    "sample_batch", "minutes"):
-            require(value is None or value > 0, f"--{name.replace('_', '-')} {value} must be "
-                    "above 0")
+    require(not (args.stepwise and args.choose_layers), "--stepwise or --choose-layers, not both")
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
         require(N == 1, "--tiny runs in one process, without torchrun")
@@ -2322,45 +2418,53 @@ class Story:
 
     def tell(self):
         """All of it. -> student, rows of the table"""
-        shares = [self.args.attention]
-        while self.args.stepwise and shares[0] < 0.5:   # e.g. 0.5, 0.25, 0.125; 0.25 before 0
-            shares.insert(0, min(0.5, 2 * shares[0] or 0.25))
-        for share in shares:
-            title = f"{{}} at {share:.0%}" if len(shares) > 1 else "{}"
-            self.convert(share, title.format("converted"))
-            for stage in STAGES:
-                if stage != "stage 3" or share == shares[-1]:
-                    self.stage(stage, title.format(stage), 1 / len(shares))
+        last = self.args.attention
+        plan = [(last, STAGES)]                     # attention share, stages at it
+        if self.args.choose_layers:
+            plan = [(0.0, STAGES[:1]), (last, STAGES[1:])]
+        while self.args.stepwise and plan[0][0] < 0.5:      # 0.5, 0.25, 0.125; 0.25 before 0
+            plan.insert(0, (min(0.5, 2 * plan[0][0] or 0.25), STAGES[:3]))
+        for share, stages in plan:
+            at = f" at {share:.0%}" if len(plan) > 1 else ""
+            self.convert(share, "converted" + at)
+            for stage in stages:
+                self.stage(stage, stage + at, len(plan) if self.args.stepwise else 1)
         print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
             *(row["reward_accuracy"] for row in self.rows[-2:])))
         return self.student, self.rows
 
     def convert(self, share, title):
-        """The student for this share; of an earlier one (stepwise) it keeps what is distilled."""
-        start, L = time.monotonic(), len(self.original.model.layers)
-        keep, older = attention_layers(share, L), self.student and whole_state(self.student)[0]
+        """The student for this share; of an earlier one it keeps what is distilled."""
+        start, L, saved = time.monotonic(), len(self.original.model.layers), self.progress.state
+        older = self.student and whole_state(self.student)
+        keep, S = attention_layers(share, L), self.student
+        if saved.get("share") == share:             # resumed
+            keep, older = saved["keep"], saved
+        elif S is not None and self.args.choose_layers:
+            n = self.args.eval_rows
+            keep, scores = choose_layers(S, self.teacher, len(keep),
+                                         *(v[:n] for v in self.data.train))
+            print("KL that attention regains, by layer: " + " ".join(f"{s:.3f}" for s in scores))
         print(f"{self.mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
         self.student = shard(convert_to_hybrid(self.original, keep, self.mixer, self.args.recipe,
                                                self.args.d_state).float())
-        if self.progress.state.get("share") == share:
-            older = self.progress.state["student"]
-        if older is not None:
-            load_whole_state(self.student, older)
-        self.progress.state["share"] = share
+        if older:
+            load_whole_state(older, self.student)
+        saved.update(share=share, keep=keep)
         self.report(title, start, [])
 
-    def stage(self, stage, title, part):
-        """Run one stage with its `part` of the budget, unless it is done; then evaluate."""
+    def stage(self, stage, title, parts):
+        """Run one stage with its share of the budget / parts, unless done; then evaluate."""
         start, data, args, S, T = (time.monotonic(), self.data, self.args, self.student,
                                    self.teacher)
         if any(row["stage"] == title for row in self.rows):
             return
-        share, scale = STAGES[stage]
+        share, rate = (v[STAGES.index(stage)] for v in (args.shares, args.rates))
         batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch
-        steps = max(1, round(args.tokens * part * share / batch / data.train[0].shape[1]))
-        seconds = args.minutes and 60 * args.minutes * part * share
-        budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * scale,
-                      batch_size=batch, progress=self.progress)
+        steps = max(1, round(args.tokens * share / parts / batch / data.train[0].shape[1]))
+        seconds = args.minutes and 60 * args.minutes * share / parts
+        budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * rate,
+                      batch_size=batch, progress=self.progress, muon=args.muon)
         if stage == "alignment":
             history = align_mixers(S, T, data.train[0], **budget)
         elif stage == "stage 3":
@@ -2390,41 +2494,42 @@ class Story:
         self.progress.write(S, stage=None)
 
 
-def show_samples(student, teacher, chat, questions, n=48):
-    """Greedy answers of teacher and student side by side, unedited."""
-    settings = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=chat.end,
-                                pad_token_id=0)
-    for ids in questions:
-        tokens = torch.tensor([ids], device=student.lm_head.weight.device)
-        print("\nprompt  :", chat.tokenizer.decode(ids))
-        for name, model in (("teacher", teacher), ("student", student)):
-            out = model.generate(tokens, attention_mask=torch.ones_like(tokens),
-                                 generation_config=settings)[0, len(ids):]
-            print(f"{name:<8}:", chat.tokenizer.decode(out, skip_special_tokens=True).strip())
-
-
 def save(model, chat, folder):
     """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
 
 
-def show_and_save(student, teacher, chat, questions, folder):
-    """Samples, the saved directory, and the proof that it reloads; on rank 0, from whole models."""
+def show_and_save(student, teacher, chat, data, n, folder):
+    """Greedy answers side by side, the saved directory, and the proof that it reloads; by rank 0.
+
+    -> `greedy_agreement` on up to n held-out prompts
+    """
     device = student.get_input_embeddings().weight.device
     if world()[1] > 1:
-        state, _ = whole_state(student)
+        state = whole_state(student)["student"]
         student = HybridForCausalLM(student.config)
         if world()[0] > 0:
-            return
+            return None
         student.load_state_dict(state)
     student.generation_config = teacher.generation_config
-    show_samples(student.to(device), teacher.to(device), chat, questions)
+    models, decoded = {"teacher": teacher.to(device), "student": student.to(device)}, [
+        chat.tokenizer.decode(ids) for ids in data.questions]
+    answers = [sample(m, data.questions, 48, chat.end, top_k=1) for m in models.values()]
+    for question, *both in zip(decoded, *answers):
+        print("\nprompt  :", question)
+        for name, ids in zip(models, both):
+            print(f"{name:<8}:", chat.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    prompts = first_answers(*data.heldout)[0][:n]
+    greedy = greedy_agreement(student, teacher, prompts, chat.end)
+    print("\ngreedy answers of 32 tokens to {prompts} held-out prompts: the first "
+          "{common_prefix:.1f} tokens agree, {identical:.0%} are identical".format(**greedy))
     save(student, chat, folder)
     again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     require(all(torch.equal(v.cpu(), again[k]) for k, v in student.state_dict().items()),
             f"{folder} does not reload to the same weights")
-    print(f"\nsaved to {folder}; AutoModelForCausalLM reloads it bit for bit")
+    print(f"saved to {folder}; AutoModelForCausalLM reloads it bit for bit")
+    return greedy
 
 
 def print_tables(tables, times):
@@ -2453,6 +2558,23 @@ def start_processes():
     return torch.device("cuda" if cuda else "cpu")
 
 
+def prepare(args, progress, device):
+    """The real teacher, its chat, and its data: made by rank 0, once, kept in --out.
+
+    -> teacher, Chat, Data
+    """
+    cached, (teacher, chat) = os.path.join(args.out, "data.pt"), load_teacher(args.teacher, device)
+    check_teacher(teacher, args.d_state)            # complain before an hour of sampling
+    context = teacher.config.max_position_embeddings
+    require(args.length <= context, f"--length {args.length} is longer than the teacher's "
+            f"context of {context}")
+    over_processes(0)                               # all have looked at --out by now
+    if world()[0] == 0 and not os.path.exists(cached):
+        write_whole(vars(real_data(teacher, chat, args)), cached)
+    over_processes(0)                               # and now the file is there
+    return teacher, chat, Data(**torch.load(cached))
+
+
 def main(argv=None):
     """Run the command line. -> the report that --json writes"""
     start, device = time.monotonic(), start_processes()
@@ -2462,34 +2584,25 @@ def main(argv=None):
         teacher, chat, data = tiny_data(args)
         save(teacher, chat, os.path.join(args.out, "teacher"))
     else:
-        progress, cached = (Progress(args.out, args.save_every, args.resume),
-                            os.path.join(args.out, "data.pt"))
-        teacher, chat = load_teacher(args.teacher, device)
-        check_teacher(teacher, args.d_state)        # complain before an hour of sampling
-        context = teacher.config.max_position_embeddings
-        require(args.length <= context, f"--length {args.length} is longer than the teacher's "
-                f"context of {context}")
-        largest(0)                                  # all have looked at --out by now
-        if world()[0] == 0 and not os.path.exists(cached):
-            write_whole(vars(real_data(teacher, chat, args)), cached)
-        largest(0)                                  # and now the file is there
-        data = Data(**torch.load(cached))
+        progress = Progress(args.out, args.save_every, args.resume)
+        teacher, chat, data = prepare(args, progress, device)
     if data.pairs is None:
         data.pairs, data.judge = (preference_pairs(chat, *(v[:n] for v in part), args.length)
                                   for part, n in ((data.train, args.pairs),
                                                   (data.heldout, args.eval_rows)))
-    tables, times = {}, {"teacher and data": time.monotonic() - start}
+    tables, greedy, times = {}, {}, {"teacher and data": time.monotonic() - start}
     for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
         start = time.monotonic()
         if args.tiny and mixer == "mamba":
             args.d_state = 16                       # the authors' choice; half the time here
         student, tables[mixer] = Story(teacher, data, args, progress or Progress(), mixer).tell()
-        show_and_save(student, teacher, chat, data.questions,
-                      os.path.join(args.out, mixer) if args.tiny else args.out)
+        greedy[mixer] = show_and_save(student, teacher, chat, data, min(200, args.eval_rows),
+                                      os.path.join(args.out, mixer) if args.tiny else args.out)
         times[mixer] = time.monotonic() - start
     print_tables(tables, times)
-    result = {"tables": tables, "seconds": times, "args": vars(args), "device": str(device),
-              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    result = {"tables": tables, "greedy": greedy, "seconds": times, "args": vars(args),
+              "device": str(device), "versions": {
+                  "torch": torch.__version__, "transformers": transformers.__version__}}
     if args.json and world()[0] == 0:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
