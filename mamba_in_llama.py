@@ -812,8 +812,13 @@ class MixerState(NamedTuple):
 class AttentionState(NamedTuple):
     """Keys and values by absolute position; rows rewind by their count, nothing is erased."""
 
-    k: torch.Tensor                    # (b,G,max_length+1,head_dim), the last slot is a bin
-    v: torch.Tensor                    # (b,G,max_length+1,head_dim)
+    k: torch.Tensor                    # (b,G,width,head_dim), slot max_length is a bin
+    v: torch.Tensor                    # (b,G,width,head_dim)
+
+
+def in_eights(n):
+    """The next multiple of 8. Products over other widths take GPU kernels of half the speed."""
+    return -(-n // 8) * 8
 
 
 class MixerCache:
@@ -832,7 +837,7 @@ class MixerCache:
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids taken in, padding included
         self.open = 0                  # tokens decoded since the last commit, at most `ring`
-        self.visible = max_length      # columns that attention reads; known to hold all positions
+        self.visible = in_eights(max_length + 1)    # columns that attention reads
         self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
@@ -856,7 +861,7 @@ class MixerCache:
                 layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
             else:
                 heads = mixer.k_proj.out_features // mixer.head_dim
-                shape = (batch_size, heads, max_length + 1, mixer.head_dim)
+                shape = (batch_size, heads, in_eights(max_length + 1), mixer.head_dim)
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         return cls(layers, counts, ring, max_length)
@@ -2440,18 +2445,29 @@ class Story:
         keep, S = attention_layers(share, L), self.student
         if saved.get("share") == share:             # resumed
             keep, older = saved["keep"], saved
+        elif self.args.tiny:                        # six steps are enough to tell layers apart
+            keep = self.best_layers(self.new_student([]), len(keep), align=6)
         elif S is not None and self.args.choose_layers:
-            n = self.args.eval_rows
-            keep, scores = choose_layers(S, self.teacher, len(keep),
-                                         *(v[:n] for v in self.data.train))
-            print("KL that attention regains, by layer: " + " ".join(f"{s:.3f}" for s in scores))
+            keep = self.best_layers(S, len(keep))
         print(f"{self.mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
-        self.student = shard(convert_to_hybrid(self.original, keep, self.mixer, self.args.recipe,
-                                               self.args.d_state).float())
+        self.student = self.new_student(keep)
         if older:
             load_whole_state(older, self.student)
         saved.update(share=share, keep=keep)
         self.report(title, start, [])
+
+    def new_student(self, keep):
+        """Algorithm 1, by the flags."""
+        return shard(convert_to_hybrid(self.original, keep, self.mixer, self.args.recipe,
+                                       self.args.d_state).float())
+
+    def best_layers(self, S, n, align=0):
+        """The n layers to keep, by the scores of S, a student without attention. -> indices"""
+        rows = [v[:self.args.eval_rows] for v in self.data.train]
+        align_mixers(S, self.teacher, self.data.train[0], align, lr=self.args.lr)
+        keep, scores = choose_layers(S, self.teacher, n, *rows)
+        print("KL that attention regains, by layer: " + " ".join(f"{s:.3f}" for s in scores))
+        return keep
 
     def stage(self, stage, title, parts):
         """Run one stage with its share of the budget / parts, unless done; then evaluate."""

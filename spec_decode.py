@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import cached_file
 
 import mamba_in_llama
-from mamba_in_llama import AttentionState, MixerCache, require
+from mamba_in_llama import AttentionState, MixerCache, in_eights, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -254,7 +254,8 @@ def replays(step, cache, columns, generator):
     attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
     per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
     block = int((2 * CAPTURE_BYTES / max(per_column, 1)) ** 0.5)
-    cache.visible = min(cache.max_length, columns + block)
+    width = cache.visible              # all columns
+    cache.visible = min(width, in_eights(columns + block))
     warm_up(step)                      # no row is alive yet: captures leave the rows as they are
     while True:
         replay, _ = capture(step, generator)
@@ -263,7 +264,7 @@ def replays(step, cache, columns, generator):
             replay()
         yield
         columns += block
-        cache.visible = min(cache.max_length, columns + block)
+        cache.visible = min(width, in_eights(columns + block))
         step()                         # loads what kernels this length needs
 
 

@@ -1711,7 +1711,7 @@ def test_generate_equals_forward(mixer, share):
 def test_replays_see_every_column(monkeypatch):
     """A replay reads all that is written and at most a block more; the first call is no step."""
     cache, steps, captured = SimpleNamespace(layers=[M.AttentionState(
-        *torch.zeros(2, 2, 3, 61, 4))], max_length=60, visible=60), [], []
+        *torch.zeros(2, 2, 3, 64, 4))], visible=64), [], []
     monkeypatch.setattr(S, "CAPTURE_BYTES", 25 / 2 * (2 * 2 * 3 * 4 * 4))         # blocks of 5
     monkeypatch.setattr(S, "warm_up", lambda step: None)
     monkeypatch.setattr(S, "capture", lambda step, generator: captured.append(cache.visible) or (
@@ -1719,8 +1719,8 @@ def test_replays_see_every_column(monkeypatch):
     run = S.replays(lambda visible=None: steps.append(visible or cache.visible), cache, 7, None)
     for n in range(60):
         next(run)
-        assert len(steps) == n and captured[-1] == min(60, 12 + n // 5 * 5)
-    assert all(min(60, 7 + n) <= seen <= 7 + n + 5 for n, seen in enumerate(steps, 1))
+        assert len(steps) == n and captured[-1] == min(64, M.in_eights(12 + n // 5 * 5))
+    assert all(min(60, 7 + n) <= seen <= 7 + n + 12 for n, seen in enumerate(steps, 1))
 
 
 def test_sample_is_generate_in_batches():
