@@ -692,14 +692,15 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
-    mamba2 keeps to two warps, for which Triton 3.6 never takes Hopper's WGMMA: with it the results
-    came out wrong. 32 x 128 x 128, 5 tokens: 76 us at batch 64, where 32 x 32 tiles took 84.
+    32 x 128 x 128, 5 tokens at batch 64: 76 us with 64 x 64 tiles of two warps, 84 with 32 x 32; 64
+    rows want 1024 heads in flight. Four warps would take Hopper's WGMMA: not tried.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
         BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
-        return (min(P & -P, 64 if large and N > 64 else 32), min(BN, 64 if N > 64 else 32), BR, BT,
-                2 if P % 32 == 0 else 1, None, 3)
+        most = 64 if b * H >= 1024 and N > 64 else 32
+        return (min(P & -P, most), min(BN, 64 if N > 64 else 32), BR, BT, 2 if P % 32 == 0 else 1,
+                None, 3)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
         return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
@@ -1714,25 +1715,25 @@ def over_processes(value, op="SUM"):
     return total if torch.is_tensor(value) else total.item()
 
 
-def whole_state(student, optimizers=None):
-    """State dicts of the unsharded student and optimizers: on rank 0's CPU, elsewhere empty."""
+def whole_state(student, optimizer=None):
+    """State dicts of the unsharded student and optimizer: on rank 0's CPU, elsewhere empty."""
     from torch.distributed.checkpoint import state_dict as dcp  # seconds to import
     if world()[1] > 1:
         student.reshard()
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {"student": dcp.get_model_state_dict(student, options=options),
-            "optimizer": optimizers and dcp.get_optimizer_state_dict(student, optimizers,
-                                                                     options=options)}
+            "optimizer": optimizer and dcp.get_optimizer_state_dict(student, optimizer,
+                                                                    options=options)}
 
 
-def load_whole_state(state, student, optimizers=None):
+def load_whole_state(state, student, optimizer=None):
     """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N."""
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, strict=False,
                                    broadcast_from_rank0=world()[1] > 1)
     dcp.set_model_state_dict(student, dict(state["student"]), options=options)
-    if optimizers:
-        dcp.set_optimizer_state_dict(student, optimizers, state["optimizer"], options=options)
+    if optimizer:
+        dcp.set_optimizer_state_dict(student, optimizer, state["optimizer"], options=options)
 
 
 def write_whole(thing, path):
@@ -1768,11 +1769,11 @@ class Progress:
         late = time.monotonic() - self.written > self.every
         return bool(self.path) and over_processes(int(self.stop or late), "MAX") > 0
 
-    def write(self, student, optimizers=None, **changes):
-        """Put the whole student, optimizers, `changes` to disk; stop if a signal asked for it."""
+    def write(self, student, optimizer=None, **changes):
+        """Put the whole student, optimizer and `changes` to disk; stop if a signal asked for it."""
         if not self.path:
             return
-        self.state.update(changes, **whole_state(student, optimizers))
+        self.state.update(changes, **whole_state(student, optimizer))
         write_whole(self.state, self.path)
         self.written = time.monotonic()
         if over_processes(int(self.stop), "MAX"):
@@ -1811,24 +1812,9 @@ def all_parameters(student):
     return list(student.parameters())
 
 
-def optimizers_of(student, parameters, lr, muon=False):
-    """AdamW (0.9, 0.98); with `muon` torch's Muon takes the layers' matrices.
-
-    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
-    """
-    matrices = {p for name, p in student.named_parameters() if muon and ".layers." in name
-                and p.ndim == 2 and not name.endswith("A_log")}
-    inside, rest = ([p for p in parameters if (p in matrices) == want] for want in (True, False))
-    both = (torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            if inside else None,
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-            if rest else None)
-    return [o for o in both if o]
-
-
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
-          tokens_per_step=0, progress=None, muon=False):
-    """`optimizers_of`, linear warm-up, cosine to 0, clipping; resumes from `progress`.
+          tokens_per_step=0, progress=None):
+    """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
 
     loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given.
     A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
@@ -1839,10 +1825,11 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
     student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    optimizers = optimizers_of(student, parameters, lr, muon)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
+                                  fused=True)
     saved = progress.state
     if saved.get("stage") == name:                                             # go on inside
-        load_whole_state(saved, student, optimizers)
+        load_whole_state(saved, student, optimizer)
         first, history, spent = saved["step"], saved["history"], saved["spent"]
     start, losses = time.monotonic() - spent, []
     bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
@@ -1853,7 +1840,7 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
         if done >= 1:
             break
         ramp = min(1.0, (done + 1 / steps) / warmup)
-        for group in chain(*(o.param_groups for o in optimizers)):
+        for group in optimizer.param_groups:
             group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
         loss = loss_of_step(step)
         student.zero_grad()
@@ -1871,10 +1858,9 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
             losses = []
             rate = tokens_per_step * (step + 1 - first) / (time.monotonic() - start - spent + 1e-9)
             bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         if due:
-            progress.write(student, optimizers, stage=name, step=step + 1, history=history,
+            progress.write(student, optimizer, stage=name, step=step + 1, history=history,
                            spent=time.monotonic() - start)
     bar.close()
     student.requires_grad_(True)
@@ -2197,8 +2183,8 @@ def tiny_world():
     return tokenizer, [(" ".join(w[:8]), " ".join(w[8:48])) for w in paragraphs if len(w) >= 20]
 
 
-def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=5e-3, layers=4, width=128):
-    """A Llama of 4 layers, width 128, trained for a quarter of a minute; AdamW needs far longer.
+def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
+    """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
 
     tokens (n,): one long text, cut at random -> LlamaForCausalLM
     """
@@ -2207,14 +2193,23 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=5e-3, layers=4, w
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
-    starts = torch.randint(len(tokens) - length, (steps, 8),
-                           generator=torch.Generator().manual_seed(0))
-
-    def loss_of_step(step):
-        batch = torch.stack([tokens[i:i + length] for i in starts[step]])
-        return F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-
-    train("teacher", teacher, list(teacher.parameters()), loss_of_step, steps, lr, muon=True)
+    matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
+                  torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 * (1 - i / steps)))
+                 for o in optimizers]
+    draw = torch.Generator().manual_seed(0)
+    bar = progress_bar(range(steps), "teacher", unit="step")
+    for _ in bar:
+        starts = torch.randint(len(tokens) - length, (8,), generator=draw)
+        batch = torch.stack([tokens[i:i + length] for i in starts])
+        loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        teacher.zero_grad()
+        loss.backward()
+        for part in (*optimizers, *schedules):
+            part.step()
+        bar.set_postfix_str(f"loss {loss:.3f}")
     return teacher.eval()
 
 
@@ -2345,7 +2340,6 @@ FLAGS = {       # name: (type or choices, default, help); a default of False mak
     "pairs": (COUNT, 256, "preference pairs made where no file is given"),
     "eval-rows": (COUNT, 32, "held-out rows, and pairs, per evaluation"),
     "lr": (AMOUNT, 2e-3, "learning rate of the alignment; the stages take shares of it"),
-    "muon": (bool, False, "Muon instead of AdamW for the layers' matrices"),
     "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
     "beta": (float, 1.0, "weight of the KL in Eq. 2"),
     "dpo-beta": (float, 0.1, "beta of Eq. 4"),
@@ -2480,7 +2474,7 @@ class Story:
         steps = max(1, round(args.tokens * share / parts / batch / data.train[0].shape[1]))
         seconds = args.minutes and 60 * args.minutes * share / parts
         budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * rate,
-                      batch_size=batch, progress=self.progress, muon=args.muon)
+                      batch_size=batch, progress=self.progress)
         if stage == "alignment":
             history = align_mixers(S, T, data.train[0], **budget)
         elif stage == "stage 3":
