@@ -2490,8 +2490,8 @@ class Story:
         if any(row["stage"] == title for row in self.rows):
             return
         S, T, n = self.student, self.teacher, self.args.eval_rows
-        row = {"stage": title, "seconds": time.monotonic() - start, "losses": [
-            loss for _, loss in history[::len(history) // 500 + 1]]}
+        row = {"stage": title, "seconds": time.monotonic() - start, "steps": len(history),
+               "losses": [loss for _, loss in history[::len(history) // 500 + 1]]}
         for prefix, pair in (("", self.data.heldout), ("human_", self.data.human)):
             if pair:
                 got = evaluate(S, T, pair[0][:n], labels=pair[1][:n])

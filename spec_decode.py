@@ -942,8 +942,9 @@ def plot(rows, path):
                 for key, style, label in (("us", mark + "-", "one call of T tokens"),
                                           ("us_single_steps", "--", "T calls of one token"),
                                           ("us_copy", ":", "a copy of the state")):
-                    axis.plot([r["T"] for r in part], [r[key] for r in part], style, color=colour,
-                              label=f"batch {b}: {label}")
+                    if all(key in r for r in part):
+                        axis.plot([r["T"] for r in part], [r[key] for r in part], style,
+                                  color=colour, label=f"batch {b}: {label}")
             axis.set(title=layer, yscale="log", xticks=(1, 4, 8, 12, 16), ylabel="µs per layer")
         for axis in axes[-1]:
             axis.set(xlabel="tokens T")
