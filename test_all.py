@@ -1101,9 +1101,10 @@ def test_sharded_run_resumes_with_another_number_of_processes(before, after, wor
         assert done.stdout.count("bit for bit") == 1, "rank 0 alone prints"
     table = json.loads((tmp_path / "f.json").read_text())["tables"]["mamba2"]
     for got, want in zip(table, rows, strict=True):
-        rounding = 2e-2 if got["stage"] == "stage 3" else 2e-3      # log p of whole answers
+        # fp32 sums in another order, through AdamW; stage 3's are log p of whole answers
+        rounding = 2e-2 if got["stage"] == "stage 3" else 5e-3
         assert got["losses"] == pytest.approx(want["losses"], rel=rounding)
-        assert got["ratio"] == pytest.approx(want["ratio"], rel=2e-3)
+        assert got["ratio"] == pytest.approx(want["ratio"], rel=5e-3)
     for name, value in weights_of(tmp_path / "out").items():
         close(value, weights[name], 5e-3)
 
