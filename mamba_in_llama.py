@@ -75,6 +75,9 @@ except ImportError:                       # no Triton on this platform: the PyTo
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=bool)
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# what layers, models and generate() call their cache: transformers 5.24 renamed it
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+
 # ---------------------------------------------------------------------------------------------
 # 1. Configuration: the teacher's own fields, plus ours. A recipe is a row of RECIPES.
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "mamba_in_llama"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     teacher_type: str = "llama"        # transformers' model_type of the layers that stay
     attn_layers: list | tuple = ()     # indices of the layers that stay attention
@@ -312,7 +315,7 @@ def replay_plan(counts, n_valid, T, ring, slots, W=1):
     """counts (3,b), n_valid (b,) or None, ring: see `multi_step`; W: the convolution's width."""
     base, length, pending = counts[..., None].unbind()                  # (b,1) each
     first, device = length + pending, counts.device
-    R = ring if counts.is_cuda else int((first - base).max())           # a host read is free here
+    R = slots // 2 if counts.is_cuda else int((first - base).max())     # a host read is free here
     reach = max(R, W - 1)
     s = first + torch.arange(-reach, T, device=device)                  # (b,reach+T) positions
     old, window = s[:, reach - R:], s[:, reach - W + 1:]
@@ -339,7 +342,7 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     y_t = (h_t C_t + D x_t) * silu(z_t). p' = n' = 1 is "mamba2", p' = P and n' = N is "mamba".
     counts int32 (3,b): base = tokens inside `state`, length = committed, pending = decoded since
     the last commit. The token of position s lives in slot s % slots of the rings, slots >=
-    2 * ring, zeros at first; ring_dt holds Delta. A row whose tokens would not fit,
+    2 * ring, zeros at first; ring_dt holds Delta. A row with too many tokens since its checkpoint,
     (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
     rows only read theirs. The first n_valid (b,) of the T inputs are stored; y of the others means
     nothing. counts stay as they are: the caller sets base = length in flushed rows and adds to
@@ -797,6 +800,11 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, 
 # ---------------------------------------------------------------------------------------------
 
 
+# Mamba replays a token at the price of an exponential per state entry, so more than 8 are folded:
+# 37 us against 42 for 5 tokens of 4096 channels at batch 64 (H100); Mamba2 fills its ring
+MAMBA_FOLD_AT = 8
+
+
 class MixerState(NamedTuple):
     """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks.
 
@@ -830,10 +838,13 @@ class MixerCache:
     `commit` decides how many of them stand. Rolling back is not counting them.
     """
 
-    is_compileable = False             # transformers: do not compile generate() around this
+    is_compileable = False             # transformers: do not compile generate() around this,
+    is_linear = (False,)               # and count columns by get_seq_length (asked since 5.24)
 
     def __init__(self, layers, counts, ring, max_length):
         self.layers, self.counts, self.ring, self.max_length = layers, counts, ring, max_length
+        mamba = any(isinstance(v, MixerState) and v.ring_dt.shape[-1] > 1 for v in layers)
+        self.fold_at = min(ring, MAMBA_FOLD_AT) if mamba else ring      # `ring` of multi_step
         self.weights = {}              # A, dt_bias, D by mixer layer, made at its first decoding
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids taken in, padding included
@@ -964,7 +975,7 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
     positions = mask.long().cumsum(-1) - 1
     cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: to the bin
     cache.n_valid = mask.sum(-1, dtype=torch.int32)
-    hidden = hidden_states(model, tokens, attention_mask, past_key_values=cache)
+    hidden = hidden_states(model, tokens, attention_mask, **{CACHE: cache})
     cache.counts[:2] = cache.n_valid
     cache.columns = l
     return model.get_output_embeddings()(hidden[:, -logits_to_keep:])
@@ -995,15 +1006,15 @@ def decode(model, tokens, cache, n_valid=None):
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
     mixer = next((layer for layer in cache.layers if isinstance(layer, MixerState)), None)
     if mixer and not use_triton(None, mixer.state):
-        cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.ring,
+        cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.fold_at,
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     with few_tokens(model, tokens):
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
-            hidden = model.model(input_ids=tokens, position_ids=positions, past_key_values=cache,
+            hidden = model.model(input_ids=tokens, position_ids=positions, **{CACHE: cache},
                                  attention_mask=decode_masks(model, positions, cache))
         logits = model.get_output_embeddings()(hidden.last_hidden_state)       # ordinary tensors
-    flush = positions[:, 0] - base > cache.ring - T                            # as multi_step did
+    flush = positions[:, 0] - base + T > cache.fold_at                         # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
     cache.counts[2] += T if n_valid is None else cache.n_valid
     cache.open += T
@@ -1269,10 +1280,9 @@ class Mixer(nn.Module):
         A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)
         return A, dt_bias, None if self.config.skip is None else self.D.to(wide).view(self.H, -1)
 
-    def forward(self, hidden_states, position_embeddings=None, past_key_values=None,
-                token_mask=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings=None, token_mask=None, **kwargs):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
-        cache, config, H = past_key_values, self.config, self.H
+        cache, config, H = kwargs.get(CACHE), self.config, self.H
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
         if token_mask is not None:                  # padding: nothing enters the convolution
             proj = proj * token_mask[..., None]
@@ -1286,7 +1296,7 @@ class Mixer(nn.Module):
             if self.layer_idx not in cache.weights:
                 cache.weights[self.layer_idx] = self.weights()
             y = multi_step(x, dt, B, C, *cache.weights[self.layer_idx], z, *state, cache.counts,
-                           cache.n_valid, cache.ring, self.runs, plan=cache.plan)
+                           cache.n_valid, cache.fold_at, self.runs, plan=cache.plan)
         else:
             A, dt_bias, D = self.weights()
             y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask)
@@ -1355,8 +1365,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         return {i: layer.self_attn for i, layer in enumerate(self.model.layers)
                 if isinstance(layer.self_attn, Mixer)}
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None,
-                labels=None, logits_to_keep=0, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, cache=None,
+                use_cache=None, labels=None, logits_to_keep=0, **kwargs):
         """Logits, and with labels (b,l; shifted inside, -100 ignored) the mean cross-entropy.
 
         With a cache, an empty one takes the prompt and one that holds a prompt takes the next
@@ -1364,7 +1374,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids (b,l)  attention_mask (b,l) -> .logits (b,l or logits_to_keep,vocab)
         """
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache         # before and since 5.24
         if cache is None and use_cache:
             cache = MixerCache.allocate(self, input_ids.shape[0])
         if cache is None:
@@ -1379,25 +1389,25 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     prefill = prefill
     decode = decode
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None,
-                                      **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """Called by generate() before each step: only the columns the cache has not seen."""
-        seen = past_key_values.columns if past_key_values is not None else 0
-        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
-                    attention_mask=attention_mask, logits_to_keep=1)
+        cache = kwargs.get(CACHE)
+        seen = cache.columns if cache is not None else 0
+        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask,
+                "logits_to_keep": 1, CACHE: cache}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode,
                                       batch_size, max_cache_length, *args):
         """Called by generate(): a MixerCache of the right size instead of transformers' own."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             copies = max(generation_config.num_beams or 1,
                          generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = MixerCache.allocate(
+            model_kwargs[CACHE] = MixerCache.allocate(
                 self, batch_size * copies, max_cache_length + 1, ring=1)
 
 

@@ -876,7 +876,7 @@ def kernel_inputs(layer, b, T, ring, device, dtype):
 
 def flush_cycle(T, ring):
     """(base, length) of every call from one flush to the next, all T tokens accepted."""
-    base, length, cycle, flushes = 0, 0, [], 0
+    base, length, cycle, flushes = 0, T, [], 0
     while flushes < 2:
         flush = length - base + T > ring
         flushes += flush
@@ -902,10 +902,11 @@ def bench_kernel(args, device):
             copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs], cuda) / copies
             for T in range(1, 17):
                 ring = 16 if T <= 8 else 32
+                fold_at = ring if layer[0] == "mamba2" else mamba_in_llama.MAMBA_FOLD_AT
                 sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
                 counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32).to(device)
-                          for i, j in flush_cycle(T, ring)]
-                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=ring)
+                          for i, j in flush_cycle(T, fold_at)]
+                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=fold_at)
                          for c in counts for s in sets]
                 spent = clock(calls, cuda) / len(calls)
                 one = spent if T == 1 else one
