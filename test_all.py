@@ -2066,6 +2066,30 @@ def test_authors_checkpoint_errors(tmp_path):
         S.load_authors_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("authors", [True, False])
+def test_hub_name(authors, tmp_path):
+    """A name instead of a directory, as the hub's own cache holds it after a download; --target
+    finds out by itself whether it is in the authors' format."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    cache = tmp_path / "hub" / "models--someone--model"
+    folder = cache / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    if authors:
+        write_authors(folder, "mamba2")
+    else:
+        toy_llama(vocab=VS).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"one": 0, "two": 1, "three": 2}, unk_token="one"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, "spec_decode.py"), "--target", "someone/model",
+         "--prompt", "one two three one two", "--max-new-tokens", "8"], capture_output=True,
+        text=True, timeout=120, env=clean_environment(HF_HOME=str(tmp_path)))
+    assert done.returncode == 0 and "1 of 1" in done.stdout, done.stderr
+
+
 # ---- the command line, as a user types it ----------------------------------------------------
 
 
