@@ -1845,6 +1845,9 @@ def all_parameters(student):
     return list(student.parameters())
 
 
+LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
+
+
 def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
           tokens_per_step=0, progress=None):
     """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
@@ -1894,7 +1897,7 @@ def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1
         nn.utils.clip_grad_norm_(parameters, clip)
         losses.append(loss.detach())
         due = progress.due()
-        if due or not loss.is_cuda or len(losses) == 10:
+        if due or len(losses) >= LOOK_EVERY.get(loss.device.type, 1):
             look()
         optimizer.step()
         if due:

@@ -564,6 +564,20 @@ def test_cache_after_any_history_equals_fresh_prefill(mixer):
                 c.commit(torch.tensor([3, 1, 0]))
 
 
+@pytest.mark.parametrize("mixer,most", [("mamba", M.MAMBA_FOLD_AT), ("mamba2", 16)])
+@torch.no_grad()
+def test_when_tokens_are_folded(mixer, most):
+    """Since its checkpoint Mamba keeps 8 tokens at most, Mamba2 what its ring holds."""
+    student, tokens, logits, kept = make_student([1], mixer, layers=2), draw(1, 40), [], []
+    cache = M.MixerCache.allocate(student, 1, 64, ring=16)
+    for token in tokens.split(1, 1):
+        logits.append(student.decode(token, cache))
+        cache.commit([1])
+        kept.append(int(cache.counts[1] - cache.counts[0]))
+    close(torch.cat(logits, 1), student(tokens).logits)
+    assert max(kept) == most
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @torch.no_grad()
 def test_decoding_swaps_compute_the_same_and_are_undone(kind):
@@ -1495,6 +1509,25 @@ def test_cli_chooses_layers_and_resumes(world, tmp_path, signals, monkeypatch, c
     assert ratios[2] < ratios[1], "restored attention helps"
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.attn_layers
     assert list(saved) == json.loads(keep)
+
+
+def test_cli_skips_stages_and_uses_data_again(world, tmp_path, signals, monkeypatch, capsys):
+    """A share of 0 leaves a stage out; data.pt of one run is the --tokens-file of the next. Losses
+    that are looked at four at a time, as on a GPU ten, are all there at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "LOOK_EVERY", {DEVICE: 4})
+    argv = command(world, "one", "--shares", "0.6,0,0.4,0", "--batch", "4", tokens_file="npz")
+    rows = M.main(argv)["tables"]["mamba2"]
+    assert [row["stage"] for row in rows] == ["converted", "alignment", "stage 2"]
+    assert "DPO reward accuracy" not in capsys.readouterr().out
+    assert [row["steps"] for row in rows] == [0, *(
+        round(2000 * share / 4 / 48) for share in (0.6, 0.4))]
+    argv = command(world, "two", "--shares", "0.6,0,0.4,0", "--batch", "4")
+    again = M.main([*argv, "--tokens-file", "one/data.pt"])["tables"]["mamba2"]
+    assert [row["stage"] for row in again] == [row["stage"] for row in rows]
+    one, two = (torch.load(f"{name}/data.pt") for name in ("one", "two"))
+    for part in "train", "heldout":
+        assert torch.equal(one[part][0], two[part][0]) and torch.equal(one[part][1], two[part][1])
 
 
 def test_cli_minutes_and_no_attention(world, tmp_path, signals, monkeypatch, capsys):
