@@ -344,7 +344,8 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     the last commit. The token of position s lives in slot s % slots of the rings, slots >=
     2 * ring, zeros at first; ring_dt holds Delta. A row with too many tokens since its checkpoint,
     (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
-    rows only read theirs. The first n_valid (b,) of the T inputs are stored; y of the others means
+    rows only read theirs. pending + T <= ring, or "mamba2"'s tile is too short ("mamba" loops: it
+    may fold earlier). The first n_valid (b,) of the T inputs are stored; y of the others means
     nothing. counts stay as they are: the caller sets base = length in flushed rows and adds to
     pending.
 
@@ -2358,12 +2359,12 @@ def numbers(text):
 
 
 COUNT, AMOUNT = (checked(kind, lambda v: v > 0, "above 0") for kind in (int, float))
-FLAGS = {       # name: (type or choices, default, help); a default of False makes a switch
+SHARE = checked(float, lambda v: 0 <= v <= 1, "in 0..1")
+FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
-    "attention": (checked(float, lambda v: 0 <= v <= 1, "in 0..1"), 0.5,
-                  "share of attention layers that stay, 0..1"),
+    "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
     "choose-layers": (bool, False, "keep the layers whose attention regains the most KL, instead "
                       "of evenly spaced ones; all layers are aligned first"),
     "mixer": (("mamba2", "mamba"), "mamba2", "mamba or mamba2; --tiny shows both"),
@@ -2399,16 +2400,23 @@ FLAGS = {       # name: (type or choices, default, help); a default of False mak
 }
 
 
+def make_parser(doc, flags):
+    """A parser of a table like FLAGS; a wrong value is a ValueError of one line."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
+    for name, (kind, default, text) in flags.items():
+        more = {"action": "store_true"} if kind is bool else {
+            "choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if isinstance(default, list):
+            more["nargs"] = "+"
+        shown = "" if default is None or kind is bool else f" (default: {default})"
+        parser.add_argument(f"--{name}", default=default, help=text + shown, **more)
+    parser.error = lambda message: require(False, message)
+    return parser
+
+
 def parse_args(argv):
     """The flags as a namespace; ValueError for values that make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, (kind, default, text) in FLAGS.items():
-        more = ({"action": "store_true"} if kind is bool else
-                {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
-        parser.add_argument(f"--{name}", **more, default=default,
-                            help=text + (f" (default: {default})" if default else ""))
-    parser.error = lambda message: require(False, message)      # one line, no usage
-    args, N = parser.parse_args(argv), world()[1]
+    args, N = make_parser(__doc__, FLAGS).parse_args(argv), world()[1]
     require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(not (args.stepwise and args.choose_layers), "--stepwise or --choose-layers, not both")
     if args.tiny:

@@ -22,7 +22,6 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
     python spec_decode.py --target DIR --draft ngram:3 --prompt "Once upon a time"
 """
 
-import argparse
 import copy
 import json
 import os
@@ -42,7 +41,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import cached_file
 
 import mamba_in_llama
-from mamba_in_llama import AttentionState, MixerCache, in_eights, require
+from mamba_in_llama import (
+    COUNT,
+    SHARE,
+    AttentionState,
+    MixerCache,
+    checked,
+    in_eights,
+    make_parser,
+    require,
+)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -1186,7 +1194,7 @@ def make_draft(args, device):
 
 
 MODES = (tiny, bench, bench_kernel, needle, make_draft)
-FLAGS = {       # name: (type, default, help); a default of False makes a switch
+FLAGS = {       # name: (type, or bool for a switch; default; help)
     "tiny": (bool, False, "every kind of draft on the hybrid in ./tiny_run"),
     "bench": (bool, False, "Tables 1 and 5: random weights, simulated acceptance"),
     "bench-kernel": (bool, False, "Figure 3: T tokens per call of the kernel"),
@@ -1198,17 +1206,18 @@ FLAGS = {       # name: (type, default, help); a default of False makes a switch
     "draft-words": (int, None, "cut the draft's head to the first so many words"),
     "prompt": (str, None, "the text to answer"),
     "raw": (bool, False, "no chat template around the prompt"),
-    "lookahead": (int, 4, "tokens drafted per round, K"),
+    "lookahead": (COUNT, 4, "tokens drafted per round, K"),
     "temperature": (float, 0.0, "0 is greedy"),
     "top-k": (int, 0, "0 keeps all words"),
     "top-p": (float, 1.0, "probability that is kept"),
-    "max-new-tokens": (int, 128, "budget, tokens"),
-    "simulate-acceptance": (float, None, "--bench: each token stands with this chance (default: "
+    "max-new-tokens": (COUNT, 128, "budget, tokens"),
+    "simulate-acceptance": (SHARE, None, "--bench: each token stands with this chance (default: "
                             "from the paper's # Gen)"),
     "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
-    "lengths": (int, [512, 1024, 2048], "--needle: tokens"),
-    "depths": (float, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
-    "trials": (int, 5, "--needle: numbers per length and depth"),
+    "lengths": (checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
+                "--needle: tokens"),
+    "depths": (SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
+    "trials": (COUNT, 5, "--needle: numbers per length and depth"),
     "seed": (int, 0, "of every draw"),
     "json": (str, None, "write the rows of the table to this file"),
     "plot": (str, None, "a picture of --bench or --bench-kernel (matplotlib)"),
@@ -1217,23 +1226,8 @@ FLAGS = {       # name: (type, default, help); a default of False makes a switch
 
 def parse_args(argv):
     """The flags as a namespace; ValueError for values that make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    for name, (kind, default, text) in FLAGS.items():
-        more = {"action": "store_true"} if kind is bool else {
-            "type": kind, "default": default, "nargs": "+" if isinstance(default, list) else None}
-        parser.add_argument(f"--{name}", **more,
-                            help=text if default in (None, "") or kind is bool
-                            else f"{text} (default: {default})")
-    parser.error = lambda message: require(False, message)      # one line, no usage
-    args, args.rest = parser.parse_known_args(argv)
+    args, args.rest = make_parser(__doc__, FLAGS).parse_known_args(argv)
     require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
-    P = args.simulate_acceptance
-    require(P is None or 0 <= P <= 1, f"--simulate-acceptance {P} is outside 0..1")
-    for name in "lookahead", "max_new_tokens", "trials":
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)} must "
-                "be above 0")
-    require(min(args.lengths) >= 64, f"--lengths {args.lengths} must be at least 64")
-    require(all(0 <= d <= 1 for d in args.depths), f"--depths {args.depths} are not within 0..1")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
     modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
     require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")

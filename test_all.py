@@ -301,19 +301,17 @@ def projection(b, T, s, gate, dtype):
 
 
 def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True, skip=True,
-             max_T=None, fixed=None, s=None):
+             max_T=None, fixed=None, s=None, fold_at=None):
     """Run `calls` rounds; return the largest errors (outputs, final state), relative to the max."""
     with kernels():
         return run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T,
-                            fixed, s)
+                            fixed, s or sizes(mixer), fold_at or ring)
 
 
-def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T, fixed, s):
+def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T, fixed, s,
+                 fold_at):
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    s = s or sizes(mixer)
-    exact = dtype == torch.float64
-    wide = torch.float64 if exact else torch.float32
+    rng, wide = random.Random(seed), torch.promote_types(dtype, torch.float32)
     A, bias, D = weights(s, skip, wide)
     slots = 2 * ring + rng.randrange(3)
     state = torch.zeros(b, s["H"], s["P"], s["N"], dtype=wide)
@@ -328,10 +326,10 @@ def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max
     def call(T, n_valid):
         nonlocal worst, scale
         base, length, waiting = counts
-        flush = length - base + waiting + T > ring
+        flush = length - base + waiting + T > fold_at
         new = projection(b, T, s, gate, dtype)
         y = M.multi_step(*new[:4], A, bias, D, new[4], state, ring_x, ring_dt, ring_B, counts,
-                         n_valid, ring, runs, impl)
+                         n_valid, fold_at, runs, impl)
         assert y.dtype == dtype and y.isfinite().all()
         for r in range(b):
             taken = T if n_valid is None else int(n_valid[r])
@@ -426,6 +424,14 @@ def test_flush_at_every_position(mixer, impl, dtype, small_tiles):
         y, h = schedule(mixer, dtype, impl, T, ring=5, b=1, calls=7, fixed=[T],
                         s=sizes(mixer, H=1, GX=1, GB=1))
         assert max(y, h) < (1e-10 if impl == "torch" else 1e-5)
+
+
+@pytest.mark.parametrize("impl,dtype", [("torch", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize("fold_at", [1, 3])
+def test_mamba_may_fold_before_its_ring_is_full(fold_at, impl, dtype, small_tiles):
+    """Also when the pending tokens alone, up to 7, are more than `fold_at`."""
+    y, h = schedule("mamba", dtype, impl, fold_at, ring=7, b=2, calls=5, fold_at=fold_at)
+    assert max(y, h) < (1e-10 if impl == "torch" else 1e-5)
 
 
 @pytest.mark.parametrize("impl,dtype", [("torch", torch.float64), ("triton", torch.float32),
