@@ -164,6 +164,9 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
         state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1], dtype=wide)
+    if x.shape[1] == 1:
+        y, state = recurrence(*(v.to(wide) for v in (x, delta, A, B, C)), state)
+        return y.to(x.dtype), state
     if A.shape[-1] == 1:
         return mamba2_scan(x, delta, A, B, C, state, min(chunk or 64, x.shape[1]))
     u, *rest = (v.to(wide) for v in (delta * x, delta, A, B, C, state))
@@ -861,17 +864,19 @@ class MixerCache:
         """An empty cache for `batch_size` rows of any decoder, hybrid or plain.
 
         max_length: tokens a row can hold in its attention layers (default: the context).
-        ring: most tokens between two commits; the rings hold 2 ring + d_conv - 1 slots.
+        ring: most tokens between two commits; the rings hold 2 ring + d_conv - 1 slots. 0: every
+        call brings one token, which stands at once; the state is never behind (plain decoding).
         """
-        require(batch_size >= 1 and ring >= 1, f"batch_size {batch_size} and ring {ring} must be "
-                "at least 1")
+        require(batch_size >= 1, f"batch_size {batch_size} must be at least 1")
+        require(ring >= 0, f"ring {ring} must be at least 0")
         weight = student.get_input_embeddings().weight
         like = dict(device=weight.device, dtype=weight.dtype)
         max_length = max_length or student.config.max_position_embeddings
         layers = []
         for mixer in (layer.self_attn for layer in student.model.layers):
             if isinstance(mixer, Mixer):
-                layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
+                slots = 2 * max(1, ring) + mixer.d_conv - 1
+                layers.append(mixer.allocate(batch_size, slots, like))
             else:
                 heads = mixer.k_proj.out_features // mixer.head_dim
                 shape = (batch_size, heads, in_eights(max_length + 1), mixer.head_dim)
@@ -992,8 +997,9 @@ def decode(model, tokens, cache, n_valid=None):
     """
     T, (base, length, pending) = tokens.shape[1], cache.counts
     check_vocabulary(model, tokens)
-    require(T >= 1 and cache.open + T <= cache.ring, f"{cache.open} tokens since the last commit "
-            f"and {T} more exceed the ring of {cache.ring}")
+    require(T >= 1 and cache.open + T <= max(1, cache.ring), f"{cache.open} tokens since the last "
+            f"commit and {T} more exceed the ring of {cache.ring}")
+    require(cache.ring or n_valid is None, "n_valid wants a cache with a ring")
     steps = torch.arange(T, device=tokens.device)
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
     cache.n_valid = None if n_valid is None else n_valid.to(torch.int32)
@@ -1015,6 +1021,9 @@ def decode(model, tokens, cache, n_valid=None):
             hidden = model.model(input_ids=tokens, position_ids=positions, **{CACHE: cache},
                                  attention_mask=decode_masks(model, positions, cache))
         logits = model.get_output_embeddings()(hidden.last_hidden_state)       # ordinary tensors
+    if cache.ring == 0:
+        cache.counts[:2] += 1
+        return logits
     flush = positions[:, 0] - base + T > cache.fold_at                         # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
     cache.counts[2] += T if n_valid is None else cache.n_valid
@@ -1292,16 +1301,18 @@ class Mixer(nn.Module):
         dt = proj[..., self.rows["dt"]]
         dt = (self.dt_proj(dt) if self.per_channel else dt).unflatten(-1, (H, -1))
         z = None if config.gate == "none" else proj[..., self.rows["z"]].unflatten(-1, (H, -1))
-        if cache is not None and cache.columns > 0:                            # decoding
+        decoding = cache is not None and cache.columns > 0
+        if decoding and self.layer_idx not in cache.weights:
+            cache.weights[self.layer_idx] = self.weights()
+        A, dt_bias, D = cache.weights[self.layer_idx] if decoding else self.weights()
+        if decoding and cache.ring > 0:
             *state, _ = cache.layers[self.layer_idx]
-            if self.layer_idx not in cache.weights:
-                cache.weights[self.layer_idx] = self.weights()
-            y = multi_step(x, dt, B, C, *cache.weights[self.layer_idx], z, *state, cache.counts,
-                           cache.n_valid, cache.fold_at, self.runs, plan=cache.plan)
+            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.n_valid,
+                           cache.fold_at, self.runs, plan=cache.plan)
         else:
-            A, dt_bias, D = self.weights()
-            y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask)
-            if cache is not None:                                              # prefill
+            before = None if cache is None else cache.layers[self.layer_idx].state
+            y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask, before)
+            if cache is not None:
                 self.remember(cache, state, raw)
         y = y.flatten(-2)                                                      # (b,l,d_inner)
         if config.norm:
@@ -1310,21 +1321,23 @@ class Mixer(nn.Module):
             y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
         return self.out_proj(y.to(hidden_states.dtype)), None
 
-    def scan(self, x, dt, B, C, A, D, z, token_mask):
-        """What `multi_step` computes, for training and prefill. -> y (b,l,H,P), state"""
+    def scan(self, x, dt, B, C, A, D, z, token_mask, state=None):
+        """What `multi_step` computes, where all tokens stand at once. -> y (b,l,H,P), state"""
         delta = F.softplus(dt)                                                 # (b,l,H,p')
         if token_mask is not None:                  # padding: no write, no decay
             delta = delta * token_mask[..., None, None]
         x, B = (to_heads(v, self.H, self.runs) for v in (x, B))
-        y, state = chunked_scan(x, delta, A, B, C)
+        y, state = chunked_scan(x, delta, A, B, C, state)
         if D is not None:
             y = y + (D * x).to(y.dtype)
         return y if z is None else y * F.silu(z), state
 
     def remember(self, cache, state, raw):
-        """After prefill: the final state, and the last raw inputs for the convolution's window."""
+        """The final state and, of a prompt, the last raw inputs for the convolution's window."""
         layer, l = cache.layers[self.layer_idx], raw.shape[1]
         layer.state.copy_(state)
+        if cache.columns > 0:                       # `conv_step` has kept its input itself
+            return
         n = min(self.d_conv - 1, l)
         slots = cache.n_valid.long()[:, None] - n + torch.arange(n, device=raw.device)   # (b,n)
         layer.ring_u[cache.rows, slots % layer.ring_u.shape[1]] = raw[:, l - n:]
@@ -1409,7 +1422,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             copies = max(generation_config.num_beams or 1,
                          generation_config.num_return_sequences or 1)
             model_kwargs[CACHE] = MixerCache.allocate(
-                self, batch_size * copies, max_cache_length + 1, ring=1)
+                self, batch_size * copies, max_cache_length + 1, int(self.lm_head.weight.is_cuda))
 
 
 AutoConfig.register("mamba_in_llama", HybridConfig, exist_ok=True)

@@ -570,6 +570,29 @@ def test_cache_after_any_history_equals_fresh_prefill(mixer):
                 c.commit(torch.tensor([3, 1, 0]))
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("recipe", ["near_linear", "paper"])
+@torch.no_grad()
+def test_without_a_ring_every_token_stands(mixer, recipe):
+    """Rows of different lengths, then token by token; a commit of nothing is allowed, n_valid and
+    two tokens at once are not."""
+    student, rows = make_student([1], mixer, recipe, layers=3), [
+        draw(1, n)[0].tolist() for n in (3, 9, 1)]
+    tokens, mask = left_pad(rows)
+    cache = M.MixerCache.allocate(student, 3, 32, ring=0)
+    student.prefill(tokens, cache, mask)
+    for new in draw(3, 7, seed=5).split(1, 1):
+        logits, rows = student.decode(new, cache), [a + b for a, b in zip(rows, new.tolist())]
+        cache.commit([0, 0, 0])
+        for row, got in zip(rows, logits):
+            close(got[0], student(torch.tensor([row])).logits[0, -1])
+    assert cache.length.tolist() == [10, 16, 8]
+    with pytest.raises(ValueError, match="exceed the ring of 0"):
+        student.decode(draw(3, 2), cache)
+    with pytest.raises(ValueError, match="n_valid"):
+        student.decode(draw(3, 1), cache, torch.tensor([1, 1, 0]))
+
+
 @pytest.mark.parametrize("mixer,most", [("mamba", M.MAMBA_FOLD_AT), ("mamba2", 16)])
 @torch.no_grad()
 def test_when_tokens_are_folded(mixer, most):
@@ -1303,7 +1326,7 @@ DECODINGS = [
     (lambda s, c: s.decode(torch.full((2, 3), V), c), f"{V}.*vocabulary"),
     (lambda s, c: s(torch.full((2, 3), V)), f"{V}.*vocabulary"),
     (lambda s, c: M.MixerCache.allocate(s, 0), "batch_size 0"),
-    (lambda s, c: M.MixerCache.allocate(s, 1, ring=0), "ring 0"),
+    (lambda s, c: M.MixerCache.allocate(s, 1, ring=-1), "ring -1"),
     (lambda s, c: s.generate(draw(2, 0), max_new_tokens=2), "empty|at least|input_ids"),
     (lambda s, c: M.attention_layers(1.5, 4), "1.5.*0..1"),
     (lambda s, c: M.attention_layers(-0.1, 4), "-0.1.*0..1")]
