@@ -183,6 +183,24 @@ def test_chunked_scan_is_the_recurrence(mixer, l, chunk):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_mixers_compile(mixer):
+    """A compiled mixer, as long stages on a GPU train it: the same values and gradients."""
+    student = make_student([], mixer, layers=1, dtype=torch.float32)
+    module, u = student.mixers()[0], torch.randn(2, 33, student.config.hidden_size)
+    rope = student.model.rotary_emb(u, torch.arange(33)[None])
+
+    def run(f):
+        module.zero_grad()
+        y = f(u, position_embeddings=rope)[0]
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+    compiled = torch.compile(module, backend="aot_eager", dynamic=False)
+    for a, b in zip(run(compiled), run(module)):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_scan_gradcheck(mixer):
     inputs = [v.requires_grad_() for v in scan_inputs(mixer, b=1, l=5, H=2, P=2, N=3)]
     assert torch.autograd.gradcheck(lambda *v: M.chunked_scan(*v, chunk=2), inputs)
@@ -1013,6 +1031,18 @@ def test_train_stops_after_its_seconds():
     history = M.train("timed", student, list(student.parameters()),
                       lambda _: student(tokens, labels=tokens).loss, 10 ** 9, 1e-3, seconds=0.5)
     assert 0.4 < time.monotonic() - start < 5 and len(history) >= 2
+
+
+def test_the_first_step_compiles_and_is_not_counted():
+    student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(2, 8)
+
+    def loss_of_step(step):
+        time.sleep(0.6 if step == 0 else 0)
+        return student(tokens, labels=tokens).loss
+
+    history = M.train("timed", student, list(student.parameters()), loss_of_step, 10 ** 9, 1e-3,
+                      seconds=0.5)
+    assert len(history) >= 3
 
 
 @pytest.fixture(scope="session")
