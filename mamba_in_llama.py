@@ -43,7 +43,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1405,7 +1405,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.prefill(input_ids, cache, attention_mask, logits_to_keep)
         else:
             cache.columns += input_ids.shape[1]
-            logits = self.decode(input_ids, cache)[:, -logits_to_keep:]
+            logits = self.decode(input_ids, cache)[:, -logits_to_keep:]     # (b,T,vocab)
             cache.commit(cache.counts[2].clone())
         loss = None if labels is None else F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -1440,13 +1440,13 @@ HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 def check_teacher(teacher, d_state):
     """Raise ValueError, in one line, for a teacher whose attention Algorithm 1 does not cover."""
-    layers = getattr(getattr(teacher, "model", None), "layers", None)
+    layers, wanted = getattr(getattr(teacher, "model", None), "layers", None), {
+        "q_proj", "k_proj", "v_proj", "o_proj"}
     require(layers is not None and len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
     for i, layer in enumerate(layers):
         names = {n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children()}
-        require(names == {"q_proj", "k_proj", "v_proj", "o_proj"}, f"layer {i} of "
-                f"{type(teacher).__name__}: attention with {sorted(names)}, but only q_proj, "
-                "k_proj, v_proj, o_proj can be converted")
+        require(names == wanted, f"layer {i} of {type(teacher).__name__}: attention with "
+                f"{sorted(names)}, but only {sorted(wanted)} can be converted")
     c, head_dim = teacher.config, layers[0].self_attn.head_dim
     G = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     require(c.num_attention_heads % G == 0,
@@ -1476,6 +1476,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
     fields = {**RECIPES[recipe], **switches}
     fields["norm"] = fields.get("norm", False) and mixer == "mamba2"       # Mamba has no such norm
+    # every field of the teacher's config stays one of ours, so that its layers find what they need
     config = HybridConfig(**{k: v for k, v in teacher.config.to_dict().items()
                              if k not in ("model_type", "architectures", "dtype")},
                           teacher_type=teacher.config.model_type, attn_layers=sorted(keep),
@@ -1490,6 +1491,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
                            else weight.dtype)
     # embedding, norms, MLPs, head and the layers that stay bear the same names in both
     student.load_state_dict(teacher.state_dict(), strict=False)
+    # what remains is Algorithm 1 proper: W_V, W_K, W_Q, W_O into each mixer
     for i, new in student.mixers().items():
         new.init_parameters()                                   # again, now in the final dtype
         if config.attn_init:
@@ -1513,7 +1515,7 @@ def token_losses(student_logits, teacher_logits, targets):
     ce = F.nll_loss(log_s, targets, reduction="none")
     if teacher_logits is None:
         return ce, torch.zeros_like(ce)
-    log_t = teacher_logits.to(wide).log_softmax(-1)
+    log_t = teacher_logits.to(wide).log_softmax(-1)                                     # (n,V)
     return ce, (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
@@ -1525,7 +1527,7 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
 
     logits (b,l,V)  labels (b,l) -> loss (), {"ce", "kl", "tokens"}
     """
-    keep = labels[:, 1:] != -100
+    keep = labels[:, 1:] != -100                            # (b,l-1); n of them are True
     ce, kl = token_losses(student_logits[:, :-1][keep], teacher_logits[:, :-1][keep],
                           labels[:, 1:][keep])
     return equation_2(ce, kl, labels, alpha, beta)
@@ -1555,7 +1557,10 @@ def send(tensor, device):
 
 @lru_cache
 def fused(function):
-    """Compiled once; passes over (chunk,V) fp32 values were half of a training step on a GPU."""
+    """`function`, compiled once and on first use, since importing the compiler takes a second.
+
+    Passes over (chunk,V) fp32 values were half of a training step on a GPU.
+    """
     return torch.compile(function, dynamic=True)
 
 
@@ -1601,7 +1606,7 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teac
 
 def sequence_logps(logits, labels):
     """Sum of log p over the labelled tokens of each row. logits (b,l,V), labels (b,l) -> (b,)"""
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # (b,l-1,V)
     return -F.cross_entropy(logits.mT, labels[:, 1:], reduction="none").sum(-1)
 
 
@@ -1711,33 +1716,32 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
 
     tokens, labels (m,l) -> the layers in order, the first round's scores in nats per token
     """
-    layers = student.model.layers
     mixers, attention = ([layer.self_attn for layer in m.model.layers] for m in (student, teacher))
     with autocast(student):                         # the teacher runs once, not once per score
         batches = [(batch, part, before_logits(teacher, batch)) for batch, part in
                    zip(tokens.split(batch_size), labels.split(batch_size))]
 
-    def kl():
-        """Of the student as its layers stand now, in nats per labelled token."""
+    def place(kept):
+        """Attention in the layers `kept`, mixers in the others."""
+        for i, layer in enumerate(student.model.layers):
+            layer.self_attn = (attention if i in kept else mixers)[i]
+
+    def kl(kept):
+        """Nats per labelled token of the student that keeps attention there."""
+        place(kept)
         with autocast(student):
             sums = [chunked_token_losses(part, before_logits(student, batch), wanted)[1].double()
                     .sum() for batch, part, wanted in batches]
         return float(sum(sums)) / max(1, n_labelled(labels))
 
-    keep, first = [], {}
+    keep, first = [], []
     for left in range(min(rounds, n), 0, -1):
-        before, scores = kl(), {}
-        for i in progress_bar([i for i in range(len(layers)) if i not in keep], "layers"):
-            layers[i].self_attn = attention[i]
-            scores[i] = before - kl()
-            layers[i].self_attn = mixers[i]
-        first = first or scores
-        for i in sorted(scores, key=scores.get)[-math.ceil((n - len(keep)) / left):]:
-            keep.append(i)
-            layers[i].self_attn = attention[i]
-    for layer, mixer in zip(layers, mixers):
-        layer.self_attn = mixer
-    return sorted(keep), [*first.values()]
+        before, rest = kl(keep), [i for i in range(len(mixers)) if i not in keep]
+        scores = {i: before - kl([*keep, i]) for i in progress_bar(rest, "layers")}
+        first = first or [*scores.values()]
+        keep += sorted(scores, key=scores.get)[-math.ceil((n - len(keep)) / left):]
+    place([])
+    return sorted(keep), first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1762,11 +1766,10 @@ def shard(model):
     """
     if world()[1] > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        for layer in model.model.layers:
-            if isinstance(layer.self_attn, Mixer):
-                fully_shard(layer.self_attn)
-            fully_shard(layer)
-        fully_shard(model)
+        layers = model.model.layers
+        mixers = [layer.self_attn for layer in layers if isinstance(layer.self_attn, Mixer)]
+        for unit in (*mixers, *layers, model):      # from the inside out
+            fully_shard(unit)
         model.trunk = lambda **inputs: model.model(**inputs)    # what `hidden_states` calls
         register_fsdp_forward_method(model, "trunk")
         with torch.no_grad():                       # FSDP wants the first call to be the root's
@@ -1881,86 +1884,9 @@ def epoch_order(n, seed, epoch):
 
 def batch_rows(n, batch_size, step, seed=0):
     """The rows of one step: shuffled epochs. -> (batch_size,) indices into 0..n-1"""
-    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n
+    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n    # epochs it touches
     order = torch.cat([epoch_order(n, seed, epoch) for epoch in range(first, last + 1)])
     return order[step * batch_size - first * n:][:batch_size]
-
-
-def trainable(student, only_mixers=False):
-    """What stage 1 and alignment train (the new mixers, nothing else), or all parameters."""
-    if world()[1] > 1:
-        student.reshard()                           # evaluation leaves the root's tensors whole
-    parts = student.mixers().values() if only_mixers else [student]
-    return [p for part in parts for p in part.parameters()]
-
-
-def learning_rate(peak, done, one_step):
-    """A tenth of linear warm-up, cosine to 0. done: share of the run; one_step: of one step"""
-    return peak * min(1.0, (done + one_step) / 0.1) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
-
-
-def train(name, student, parameters, loss_of_step, steps, lr, seconds=None, tokens_per_step=0,
-          progress=None):
-    """AdamW (0.9, 0.98), `learning_rate`, gradients clipped to norm 1; resumes from `progress`.
-
-    loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given, not
-    counting the first step, which compiles. Nothing waits for a GPU but a look at the losses.
-    A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
-
-    -> list of (step, loss)
-    """
-    progress = progress or Progress()
-    student.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=True)
-    history, spent, losses = [], 0.0, []
-    if progress.state.get("stage") == name:                                    # go on inside
-        load_whole_state(progress.state, student, optimizer)
-        history, spent = progress.state["history"], progress.state["spent"]
-    first, start = len(history), time.monotonic() - spent
-
-    def look():
-        """Read the losses since the last look, which waits for a GPU; stop if one is not finite."""
-        values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
-        losses.clear()
-        history.extend(enumerate(values, len(history)))
-        if not all(map(math.isfinite, values)):
-            raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {len(history)}; "
-                                     "the last good checkpoint stands")
-        rate = tokens_per_step * (len(history) - first) / (time.monotonic() - start - spent + 1e-9)
-        bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
-
-    bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
-    for step in bar:
-        done = step / steps if seconds is None else over_processes(
-            time.monotonic() - start, "MAX") / seconds
-        if done >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = learning_rate(lr, done, 1 / steps)
-        loss = loss_of_step(step)
-        student.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        losses.append(loss.detach())
-        due = progress.due()
-        if due or len(losses) >= LOOK_EVERY.get(loss.device.type, 1):
-            look()
-        optimizer.step()
-        if step == first:           # compiled by now: that took 30 of alignment's 50 s on an H100,
-            start = time.monotonic() - spent        # which then ended at 2.301 instead of 1.528
-        if due:
-            progress.write(student, optimizer, stage=name, history=history,
-                           spent=time.monotonic() - start)
-    if losses:
-        look()
-    bar.close()
-    student.requires_grad_(True)
-    return history
 
 
 # transformers' own "sdpa" under a name for which it builds no mask: where all rows are whole,
@@ -1969,9 +1895,10 @@ AttentionInterface.register("causal", AttentionInterface()["sdpa"])
 
 
 @contextmanager
-def fast(models, modules, length):
-    """For training on whole rows of `length`: attention without a mask, and `modules` compiled (a
-    third of a step's time on an H200)."""
+def fast(models, modules, length, long):
+    """For training on whole rows of `length`: attention without a mask and, in a stage that is
+    `long` enough to repay it and on one GPU, `modules` compiled (a third of a step on an H200)."""
+    modules = list(modules) if long and torch.cuda.is_available() and world()[1] == 1 else []
     configs = [m.model.config for m in models]
     before = [c._attn_implementation for c in configs]
     for c in configs:
@@ -1989,24 +1916,79 @@ def fast(models, modules, length):
             c._attn_implementation = name
 
 
-def run_stage(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
-              only_mixers=False, modules=(), **options):
-    """`train` on shuffled rows of tokens, labels (n,l); options: see there.
+LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
 
-    loss_of_rows(rows of this process (b,), their share) -> loss (). modules: what to compile in a
-    stage that is long enough to repay it, on one GPU
+
+def look(name, losses, history):
+    """Move the losses since the last look to the history; this alone waits for a GPU.
+
+    A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
     """
-    def loss_of_step(step):
-        """The loss of one batch, or of this process's part of it."""
-        with autocast(student):
-            return loss_of_rows(*my_rows(batch_rows(len(tokens), batch_size, step), labels))
+    values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
+    losses.clear()
+    history.extend(enumerate(values, len(history)))
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {len(history)}; the "
+                                 "last good checkpoint stands")
 
-    seconds = options.get("seconds")
-    long = steps > 500 if seconds is None else seconds > 45
-    modules = list(modules) if long and student.device.type == "cuda" and world()[1] == 1 else []
-    with fast((student, teacher), modules, tokens.shape[1]):
-        return train(name, student, trainable(student, only_mixers), loss_of_step, steps, lr,
-                     tokens_per_step=batch_size * tokens.shape[1], **options)
+
+def train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
+          only_mixers=False, modules=(), seconds=None, progress=None):
+    """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1.
+
+    tokens, labels (n,l), shuffled. loss_of_rows(rows of this process (b,), their share) -> loss ().
+    only_mixers: stage 1 and alignment move nothing else. modules: what `fast` compiles. The run
+    ends after `steps`, or after `seconds` if given, not counting the first step, which compiles; it
+    goes on where `progress` was written inside a stage of this name.
+
+    -> list of (step, loss)
+    """
+    progress = progress or Progress()
+    if world()[1] > 1:
+        student.reshard()                           # evaluation leaves the root's tensors whole
+    # what is frozen gets no gradient at all: its part of the backward pass is not computed
+    parts = student.mixers().values() if only_mixers else [student]
+    parameters = [p for part in parts for p in part.parameters()]
+    student.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    history, spent, losses = [], 0.0, []
+    if progress.state.get("stage") == name:
+        load_whole_state(progress.state, student, optimizer)
+        history, spent = progress.state["history"], progress.state["spent"]
+    first, start, l = len(history), time.monotonic() - spent, tokens.shape[1]
+    bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
+    with fast((student, teacher), modules, l, steps > 500 if seconds is None else seconds > 45):
+        for step in bar:
+            done = step / steps if seconds is None else over_processes(
+                time.monotonic() - start, "MAX") / seconds
+            if done >= 1:
+                break
+            ramp = min(1.0, (done + 1 / steps) / 0.1)
+            optimizer.param_groups[0]["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
+            with autocast(student):
+                loss = loss_of_rows(*my_rows(batch_rows(len(tokens), batch_size, step), labels))
+            student.zero_grad()                     # to None: memory for gradients only now
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            losses.append(loss.detach())
+            due = progress.due()
+            if due or len(losses) >= LOOK_EVERY.get(loss.device.type, 1):
+                look(name, losses, history)         # before the step: no bad loss is ever taken
+                rate = (step + 1 - first) * batch_size * l / (time.monotonic() - start - spent)
+                bar.set_postfix_str(f"loss {history[-1][1]:.3f}, {rate:,.0f} tokens/s")
+            optimizer.step()
+            if step == first:       # compiled by now: that took 30 of alignment's 50 s on an H100,
+                start = time.monotonic() - spent    # which then ended at 2.301 instead of 1.528
+            if due:
+                progress.write(student, optimizer, stage=name, history=history,
+                               spent=time.monotonic() - start)
+    if losses:
+        look(name, losses, history)
+    bar.close()
+    student.requires_grad_(True)
+    return history
 
 
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
@@ -2043,15 +2025,15 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
         for i in mixers:
             hooks.enter_context(teacher.model.layers[i].self_attn.register_forward_hook(
                 keep, with_kwargs=True))
-        return run_stage("alignment", student, teacher, loss_of_rows, tokens, None, steps,
-                         batch_size, lr, only_mixers=True, modules=modules, **options)
+        return train("alignment", student, teacher, loss_of_rows, tokens, None, steps, batch_size,
+                     lr, only_mixers=True, modules=modules, **options)
 
 
 def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3, alpha=1.0,
            beta=0.1, **options):
     """Stages 1 and 2: Eq. 2 on labelled tokens; beta = 0 is plain supervised fine-tuning.
 
-    tokens, labels (n,l); options: see `run_stage` -> list of (step, loss)
+    tokens, labels (n,l); options: see `train` -> list of (step, loss)
     """
     def loss_of_rows(rows, share):
         """Eq. 2 of these rows, times what they weigh in the whole batch."""
@@ -2059,26 +2041,26 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
         if beta:
             with torch.no_grad():
                 t, teacher_head = before_logits(teacher, batch)
-        s, head = before_logits(student, batch)
+        s, head = before_logits(student, batch)                                 # (b,l,D), (V,D)
         return share * chunked_distillation_loss(s, t, head, teacher_head, labels[rows], alpha,
                                                  beta)[0]
 
-    return run_stage(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
-                     modules=chain(student.model.layers, teacher.model.layers), **options)
+    return train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
+                 modules=chain(student.model.layers, teacher.model.layers), **options)
 
 
 def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0.1, **options):
     """Stage 3: Eq. 4, everything trainable. chosen, rejected: (tokens, labels), each (n,l)
 
-    options: see `run_stage` -> list of (step, loss)
+    options: see `train` -> list of (step, loss)
     """
     def loss_of_rows(rows, _):
         """The mean over pairs; every process has as many of them."""
         pairs = [[v[rows] for v in side] for side in (chosen, rejected)]
         return preference_losses(student, teacher, *pairs, beta)[0].mean()
 
-    return run_stage("stage 3", student, teacher, loss_of_rows, chosen[0], None, steps, batch_size,
-                     lr, **options)
+    return train("stage 3", student, teacher, loss_of_rows, chosen[0], None, steps, batch_size, lr,
+                 **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2151,7 +2133,7 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def ids(self, text):
-        """Text as token ids, nothing added."""
+        """Text as token ids, nothing added: the template has written the special ones."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def pair(self, prompt, answer=""):
@@ -2166,8 +2148,7 @@ class Chat:
         found = (tokens.unfold(1, len(header), 1) == header).all(-1)           # (n,l-header+1)
         for row, start in found.nonzero().tolist():
             first = start + len(header)
-            ends = (tokens[row, first:] == self.end).nonzero()
-            last = first + int(ends[0]) + 1 if len(ends) else tokens.shape[1]
+            last = (tokens[row].tolist() + [self.end]).index(self.end, first) + 1
             labels[row, first:last] = tokens[row, first:last]
         return labels
 
@@ -2176,15 +2157,10 @@ class Chat:
 
         Right padding is never attended to by what counts and carries no label.
         """
-        pairs = list(pairs)
-        l = min(length, max(len(p) + len(a) for p, a in pairs))
-        tokens = torch.full((len(pairs), l), self.end)
-        labels = torch.full((len(pairs), l), -100)
-        for i, (p, a) in enumerate(pairs):
-            row = torch.tensor((list(p) + list(a))[:l])
-            tokens[i, :len(row)] = row
-            labels[i, len(p):len(row)] = row[len(p):]
-        return tokens, labels
+        pairs, pad = list(pairs), partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        tokens = [torch.tensor((p + a)[:length]) for p, a in pairs]
+        labels = [torch.tensor(([-100] * len(p) + a)[:length]) for p, a in pairs]
+        return pad(tokens, padding_value=self.end), pad(labels, padding_value=-100)     # (n,l)
 
 
 def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50, seed=0,
@@ -2208,14 +2184,16 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
 
 
 def first_answers(tokens, labels):
-    """Every row's first answer and what stands before it. (n,l) -> prompts, answers (ids)"""
-    prompts, answers = [], []
+    """Every row's first answer and what stands before it; each row has one.
+
+    tokens, labels (n,l) -> prompts, answers (lists of ids)
+    """
+    found = []
     for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
         first = marks.index(True)
         last = (marks + [False]).index(False, first)
-        prompts.append(row[:first])
-        answers.append(row[first:last])
-    return prompts, answers
+        found.append((row[:first], row[first:last]))
+    return zip(*found)
 
 
 def preference_pairs(chat, tokens, labels, length):
@@ -2239,16 +2217,13 @@ def tiny_world():
     """
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     text = "\n\n".join(topics[k] for k in sorted(topics))
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
-        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
-                                                     pad_token="<|end|>")
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator([text], vocab_size=512, min_frequency=0, show_progress=False,
+                             special_tokens=["<|user|>", "<|assistant|>", "<|end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -2288,7 +2263,13 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
 
 
 def tiny_data(args):
-    """The tiny teacher and everything it needs, in half a minute. -> teacher, Chat, Data"""
+    """The tiny teacher and everything it needs, in half a minute.
+
+    Every tenth paragraph is held out: its question for the teacher to answer, its rest as what
+    people wrote.
+
+    -> teacher, Chat, Data
+    """
     tokenizer, pairs = tiny_world()
     chat = Chat(tokenizer)
     pairs = [chat.pair(*p) for p in pairs]
@@ -2306,25 +2287,16 @@ def tiny_data(args):
 def read_tokens(path):
     """The array `tokens` of an npz file, or the rows of another run's data.pt. -> (n,l)"""
     import numpy  # comes with transformers
-    require(os.path.isfile(path), f"{path}: no such file")
     try:
         if path.endswith(".pt"):
             data = torch.load(path)
-            tokens = torch.cat([data["train"][0], data["heldout"][0]])
-        else:
-            tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))
-    except Exception:                               # zip, pickle, key and type errors alike
-        tokens = torch.zeros(0)
-    require(tokens.ndim == 2 and tokens.numel(),
-            f"{path}: neither an .npz file with an integer array `tokens` (n,l) nor a data.pt")
-    return tokens
-
-
-def split(answers, n_held, useful=slice(None)):
-    """Tokens and labels (n,l) without the last n_held rows, and those; of both what is useful."""
-    keep = torch.arange(len(answers[0]))[useful]
-    last = len(answers[0]) - n_held
-    return [tuple(v[keep[part]] for v in answers) for part in (keep < last, keep >= last)]
+            return torch.cat([data["train"][0], data["heldout"][0]])
+        tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))
+        require(tokens.ndim == 2 and tokens.numel(), f"its shape is {tuple(tokens.shape)}")
+        return tokens
+    except Exception as error:                      # file, zip, pickle, key and type errors alike
+        raise ValueError(f"{path}: want an .npz file with an integer array `tokens` (n,l), or a "
+                         f"data.pt ({error!r:.80})") from None
 
 
 def real_data(teacher, chat, args):
@@ -2333,21 +2305,21 @@ def real_data(teacher, chat, args):
     Without files the teacher invents the user's turn too: it continues the chat template's
     beginning, and every answer in what it writes is labelled. The last rows are held out.
     """
-    labels = None
     if args.tokens_file:
         tokens = read_tokens(args.tokens_file)[:, :args.length]
     elif args.prompts:
         prompts = [chat.pair(*row)[0] for row in read_jsonl(args.prompts, "prompts")]
         answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
-        tokens, labels = chat.pack(zip(prompts, answers), args.length)
+        tokens, _ = chat.pack(zip(prompts, answers), args.length)
     else:
-        start = chat.user_start
-        tokens = torch.tensor([start + row for row in sample(
-            teacher, [start] * args.rows, args.length - len(start), None, args.sample_batch)])
+        start, n_new = chat.user_start, args.length - len(chat.user_start)
+        tokens = torch.tensor([start + row for row in sample(       # (n,l): no end stops a row
+            teacher, [start] * args.rows, n_new, None, args.sample_batch)])
     check_vocabulary(teacher, tokens.cpu())
-    labels = chat.label(tokens) if labels is None else labels
-    useful = (labels != -100).any(-1)                                                   # (n,)
-    data = Data(*split((tokens, labels), min(256, max(1, len(tokens) // 8)), useful))
+    labels, last = chat.label(tokens), len(tokens) - min(256, max(1, len(tokens) // 8))
+    useful = (labels != -100).any(-1)                       # (n,) the other rows hold no answer
+    data = Data(*([v[part][useful[part]] for v in (tokens, labels)]
+                  for part in (slice(last), slice(last, None))))
     require(len(data.train[0]) and len(data.heldout[0]), "no answers among the pseudo-labels")
     data.questions = [chat.pair(q)[0] for q in (
         "What is the capital of France, and what is it known for?",
@@ -2356,9 +2328,10 @@ def real_data(teacher, chat, args):
         data.sft = chat.pack([chat.pair(*row) for row in read_jsonl(args.sft, "sft")], args.length)
     if args.preferences:
         rows = read_jsonl(args.preferences, "preferences")
-        data.pairs, data.judge = zip(*(
-            split(chat.pack([chat.pair(row[0], row[k]) for row in rows], args.length),
-                  max(1, len(rows) // 8)) for k in (1, 2)))                 # chosen, rejected
+        last = len(rows) - max(1, len(rows) // 8)
+        both = [chat.pack([chat.pair(row[0], row[k]) for row in rows], args.length) for k in (1, 2)]
+        data.pairs, data.judge = ([[v[part] for v in side] for side in both]
+                                  for part in (slice(last), slice(last, None)))
     return data
 
 
@@ -2393,19 +2366,16 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
     "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
-    "choose-layers": (bool, False, "keep the layers whose attention regains the most KL, instead "
-                      "of evenly spaced ones; all layers are aligned first"),
+    "choose-layers": (bool, False, "keep the layers that regain the most KL, not every other one"),
     "mixer": (("mamba2", "mamba"), "mamba2", "mamba or mamba2; --tiny shows both"),
     "recipe": (tuple(RECIPES), "near_linear", "how mixers start"),
     "d-state": (int, None, "state size N, a divisor of the head dimension (default: that)"),
     "prompts": (str, None, 'JSONL, rows {"prompt"}: the teacher answers these'),
     "sft": (str, None, 'JSONL, rows {"prompt","response"} or {"messages"}: stage 2'),
     "preferences": (str, None, 'JSONL, rows {"prompt","chosen","rejected"}: stage 3'),
-    "tokens-file": (str, None, "pseudo-labels: an npz with an array `tokens` (n,l), or the "
-                    "data.pt of an earlier run"),
+    "tokens-file": (str, None, "pseudo-labels: npz with `tokens` (n,l), or an older run's data.pt"),
     "tokens": (AMOUNT, 2e6, "training budget over all stages, tokens"),
-    "minutes": (AMOUNT, None, "training budget over all stages, minutes without compilation; "
-                "beats --tokens"),
+    "minutes": (AMOUNT, None, "the same in minutes without compilation; beats --tokens"),
     "shares": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0 and abs(sum(v) - 1) < 0.01,
                        "4 numbers with sum 1"), "0.4,0.15,0.42,0.03",
                "of the budget: alignment, stages 1, 2, 3"),
@@ -2430,7 +2400,10 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
 
 
 def make_parser(doc, flags):
-    """A parser of a table like FLAGS; a wrong value is a ValueError of one line."""
+    """A parser of a table like FLAGS; a wrong value is a ValueError of one line.
+
+    A default that is a list takes several values; one that is None is not shown by --help.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     for name, (kind, default, text) in flags.items():
         more = {"action": "store_true"} if kind is bool else {
@@ -2536,7 +2509,13 @@ def plan(args):
 
 
 def train_stage(stage, budget, student, teacher, data, args, progress):
-    """One stage, with its share of the run's tokens or minutes. -> list of (step, loss)"""
+    """One stage, with its share of the run's tokens or minutes.
+
+    Stage 2 is fine-tuning: people's answers where there are any, else the pseudo-labels again, with
+    everything trainable. Stage 3 is DPO.
+
+    -> list of (step, loss)
+    """
     batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch     # pairs: two rows each
     seconds = args.minutes and 60 * args.minutes * budget
     steps = max(1, round(args.tokens * budget / batch / data.train[0].shape[1]))
@@ -2551,30 +2530,14 @@ def train_stage(stage, budget, student, teacher, data, args, progress):
                   only_mixers=stage == "stage 1", **options)
 
 
-def best_layers(student, teacher, n, data, args):
-    """The n layers to keep, by the scores of a student without attention. -> indices"""
-    few = args.eval_rows if torch.cuda.is_available() else min(6, args.eval_rows)
-    align_mixers(student, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)    # enough
-    keep, scores = choose_layers(student, teacher, n, *(v[:few] for v in data.train))
-    print("KL that attention regains, by layer: " + " ".join(f"{s:.3f}" for s in scores))
-    return keep
-
-
-def judge(student, teacher, data):
-    """The figures of a row of the table: `evaluate` on held-out answers, and of pairs."""
-    row = evaluate(student, teacher, data.heldout[0], labels=data.heldout[1])
-    if data.human:
-        human = evaluate(student, teacher, data.human[0], labels=data.human[1])
-        row.update({f"human_{key}": value for key, value in human.items()})
-    return {**row, "reward_accuracy": reward_accuracy(student, teacher, *data.judge)}
-
-
 def story(original, data, args, progress, mixer):
     """One student from conversion to stage 3, judged after each step of the `plan`.
 
     A resumed run takes the student up as it was saved and skips the steps that have their rows.
 
-    original: the teacher to convert from -> student, rows of the table
+    original: the teacher to convert from, whole; what trains beside the student may be sharded
+
+    -> student, rows of the table
     """
     def convert(keep, state=None):
         """Algorithm 1, by the flags; from `state` what is distilled already."""
@@ -2585,6 +2548,7 @@ def story(original, data, args, progress, mixer):
 
     teacher = shard(copy.deepcopy(original.cpu()) if world()[1] > 1 else original)
     saved, L, student = progress.state, len(original.model.layers), None
+    cpu = original.device.type == "cpu"
     rows, stays = saved["rows"], f"{mixer}: attention stays in layers %s of 0..{L - 1}"
     if "keep" in saved:
         print(stays % saved["keep"])
@@ -2596,7 +2560,11 @@ def story(original, data, args, progress, mixer):
         if stage == "converted":
             keep = attention_layers(share, L)
             if keep and (args.tiny or args.choose_layers):
-                keep = best_layers(student or convert([]), teacher, len(keep), data, args)
+                scout = student or convert([])      # six steps are enough to tell layers apart
+                align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)
+                few = [v[:args.eval_rows][:6 if cpu else None] for v in data.train]
+                keep, scores = choose_layers(scout, teacher, len(keep), *few)
+                print("KL that attention regains, by layer:", *(f"{s:.3f}" for s in scores))
             print(stays % keep, flush=True)
             student = convert(keep, student and whole_state(student))
             saved["keep"] = keep
@@ -2604,7 +2572,11 @@ def story(original, data, args, progress, mixer):
             history = train_stage(stage, budget, student, teacher, data, args, progress)
         row = {"stage": title, "seconds": time.monotonic() - start, "steps": len(history),
                "losses": [loss for _, loss in history[::len(history) // 500 + 1]],
-               **judge(student, teacher, data)}
+               **evaluate(student, teacher, data.heldout[0], labels=data.heldout[1])}
+        if data.human:
+            human = evaluate(student, teacher, data.human[0], labels=data.human[1])
+            row.update({f"human_{key}": value for key, value in human.items()})
+        row["reward_accuracy"] = reward_accuracy(student, teacher, *data.judge)
         print(f"  {title:<16} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
               f"{row['agreement']:6.1%}   {row['seconds']:6.1f} s", flush=True)
         rows.append(row)
@@ -2638,7 +2610,8 @@ def show_and_save(student, teacher, chat, data, folder, device):
         print("\nprompt  :", chat.tokenizer.decode(question))
         for name, ids in zip(models, both):
             print(f"{name:<8}:", chat.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    greedy = greedy_agreement(student, teacher, first_answers(*data.heldout)[0][:200], chat.end)
+    prompts, _ = first_answers(*data.heldout)
+    greedy = greedy_agreement(student, teacher, prompts[:200], chat.end)
     print("\ngreedy answers of 32 tokens to {prompts} held-out prompts: the first "
           "{common_prefix:.1f} tokens agree, {identical:.0%} are identical".format(**greedy))
     save(student, chat, folder)
@@ -2662,7 +2635,10 @@ def print_tables(tables, times):
 
 
 def main(argv=None):
-    """Run the command line. -> the report that --json writes"""
+    """Run the command line: data, then a story for each mixer, then one table of all.
+
+    -> the report that --json writes
+    """
     start, device, args = time.monotonic(), start_processes(), parse_args(argv)
     progress = Progress(None if args.tiny else args.out, args.save_every, args.resume)
     torch.manual_seed(args.seed)
