@@ -1686,12 +1686,10 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
 @torch.no_grad()
 def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
     """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
-    right = 0.0
-    for part in zip(*(v.split(batch_size) for v in (*chosen, *rejected))):
-        with autocast(student):
-            _, w, l = preference_losses(student, teacher, part[:2], part[2:])           # (b,)
-        right += float((w > l).sum())
-    return right / max(1, len(chosen[0]))
+    parts = zip(*(v.split(batch_size) for v in (*chosen, *rejected)))                   # (b,l) each
+    with autocast(student):
+        rewards = [preference_losses(student, teacher, p[:2], p[2:])[1:] for p in parts]    # (b,)
+    return sum(float((w > l).sum()) for w, l in rewards) / max(1, len(chosen[0]))
 
 
 def greedy_agreement(student, teacher, prompts, end=None, n=32):
@@ -1844,12 +1842,11 @@ class Progress:
         self.every, self.written, self.stop = every, time.monotonic(), False
         self.state = {"rows": []}
         if resume:
-            require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
             try:
                 self.state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
                 require("rows" in self.state, "another format")
-            except Exception:
-                raise ValueError(f"{self.path} is not a checkpoint of this program") from None
+            except Exception as error:              # no file, no zip, no dict, a torn pickle
+                raise ValueError(f"nothing to resume: {self.path}: {error!r:.80}") from None
         for number in (signal.SIGTERM, signal.SIGINT) if folder else ():
             signal.signal(number, lambda *_: setattr(self, "stop", True))
 
@@ -1898,7 +1895,8 @@ AttentionInterface.register("causal", AttentionInterface()["sdpa"])
 def fast(models, modules, length, long):
     """For training on whole rows of `length`: attention without a mask and, in a stage that is
     `long` enough to repay it and on one GPU, `modules` compiled (a third of a step on an H200)."""
-    modules = list(modules) if long and torch.cuda.is_available() and world()[1] == 1 else []
+    cuda = models[0].device.type == "cuda"
+    modules = list(modules) if long and cuda and world()[1] == 1 else []
     configs = [m.model.config for m in models]
     before = [c._attn_implementation for c in configs]
     for c in configs:
@@ -1946,7 +1944,7 @@ def train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_siz
     progress = progress or Progress()
     if world()[1] > 1:
         student.reshard()                           # evaluation leaves the root's tensors whole
-    # what is frozen gets no gradient at all: its part of the backward pass is not computed
+    # for what is frozen no gradient is computed, nor memory taken
     parts = student.mixers().values() if only_mixers else [student]
     parameters = [p for part in parts for p in part.parameters()]
     student.requires_grad_(False)
@@ -2305,18 +2303,18 @@ def real_data(teacher, chat, args):
     Without files the teacher invents the user's turn too: it continues the chat template's
     beginning, and every answer in what it writes is labelled. The last rows are held out.
     """
-    if args.tokens_file:
-        tokens = read_tokens(args.tokens_file)[:, :args.length]
-    elif args.prompts:
+    if args.prompts and not args.tokens_file:
         prompts = [chat.pair(*row)[0] for row in read_jsonl(args.prompts, "prompts")]
         answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
-        tokens, _ = chat.pack(zip(prompts, answers), args.length)
+        tokens, labels = chat.pack(zip(prompts, answers), args.length)
     else:
         start, n_new = chat.user_start, args.length - len(chat.user_start)
-        tokens = torch.tensor([start + row for row in sample(       # (n,l): no end stops a row
-            teacher, [start] * args.rows, n_new, None, args.sample_batch)])
-    check_vocabulary(teacher, tokens.cpu())
-    labels, last = chat.label(tokens), len(tokens) - min(256, max(1, len(tokens) // 8))
+        tokens = read_tokens(args.tokens_file)[:, :args.length] if args.tokens_file else (
+            torch.tensor([start + row for row in sample(            # (n,l): no end stops a row
+                teacher, [start] * args.rows, n_new, None, args.sample_batch)]))
+        labels = chat.label(tokens)
+    check_vocabulary(teacher, tokens)
+    last = len(tokens) - min(256, max(1, len(tokens) // 8))
     useful = (labels != -100).any(-1)                       # (n,) the other rows hold no answer
     data = Data(*([v[part][useful[part]] for v in (tokens, labels)]
                   for part in (slice(last), slice(last, None))))
@@ -2427,6 +2425,7 @@ def parse_args(argv):
         args.out, args.tokens, args.length, args.lr = "tiny_run", 300_000, 128, 1e-2
         shutil.rmtree(args.out, ignore_errors=True)
         return args
+    require(N == 1 or not args.choose_layers, "--choose-layers runs in one process")
     require(N == 1 or args.batch % (2 * N) == 0, f"--batch {args.batch} is no multiple of twice "
             f"the {N} processes")
     for kind in JSONL_ROWS:

@@ -1144,6 +1144,7 @@ def process_of(rank, argv, step, meet):
             terminate_in_step(step, patch)
         with pytest.raises(SystemExit) as stopped:
             M.main(argv)
+    torch.distributed.destroy_process_group()       # gloo's threads must not outlive the process
     assert stopped.value.code == 3
 
 
@@ -1487,6 +1488,14 @@ def test_command_line_errors_are_one_line_and_exit_code_2(name, world, tmp_path,
     lines = [s for s in capsys.readouterr().err.splitlines() if s.strip()]
     assert stopped.value.code == 2 and len(lines) == 1, lines
     assert lines[0].startswith("error: ") and re.search(line, lines[0])
+
+
+@pytest.mark.parametrize("flags, line", [(["--choose-layers"], "--choose-layers runs in one"),
+                                         (["--batch", "6"], "--batch 6 is no multiple of twice")])
+def test_flags_that_do_not_go_with_two_processes(flags, line, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "world", lambda: (0, 2))
+    with pytest.raises(ValueError, match=line):
+        M.parse_args(command(world, tmp_path / "out", *flags, tokens_file="npz"))
 
 
 # ---------------------------------------------------------------------------------------------
