@@ -44,7 +44,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1440,13 +1440,13 @@ HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 def check_teacher(teacher, d_state):
     """Raise ValueError, in one line, for a teacher whose attention Algorithm 1 does not cover."""
-    layers, wanted = getattr(getattr(teacher, "model", None), "layers", None), {
-        "q_proj", "k_proj", "v_proj", "o_proj"}
-    require(layers is not None and len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
+    layers = getattr(getattr(teacher, "model", None), "layers", ())
+    require(len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
     for i, layer in enumerate(layers):
-        names = {n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children()}
-        require(names == wanted, f"layer {i} of {type(teacher).__name__}: attention with "
-                f"{sorted(names)}, but only {sorted(wanted)} can be converted")
+        names = sorted(n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children())
+        require(names == ["k_proj", "o_proj", "q_proj", "v_proj"], f"layer {i} of "
+                f"{type(teacher).__name__}: attention with {names}, but only q_proj, k_proj, "
+                "v_proj, o_proj can be converted")
     c, head_dim = teacher.config, layers[0].self_attn.head_dim
     G = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     require(c.num_attention_heads % G == 0,
@@ -1759,8 +1759,9 @@ def shard(model):
     whole weights exist while it runs, gathered just before. A mixer is a unit of its own, since
     alignment calls it outside of its layer; embedding, norm and head are the root's and stay whole
     from the forward to the end of the backward pass, as the loss reads the head. Every process
-    takes its rows of a batch (`my_rows`) and divides by what the *whole* batch labels, so that N
-    changes nothing but rounding. Not sharded: sampling pseudo-labels, which rank 0 does alone.
+    takes every N-th row of a batch and divides by what the *whole* batch labels, and FSDP averages
+    the gradients, so that N changes nothing but rounding. Not sharded: sampling pseudo-labels,
+    which rank 0 does alone.
     """
     if world()[1] > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -1774,19 +1775,6 @@ def shard(model):
             hidden_states(model, torch.zeros(1, 1, dtype=torch.long))
         model.reshard()
     return model
-
-
-def my_rows(rows, labels=None):
-    """This process's part of a batch's rows, and the factor of its mean loss.
-
-    The mean over the processes of factor x (mean over my labels) is the batch's mean.
-    """
-    rank, N = world()
-    mine = rows[rank::N]
-    if labels is None or N == 1:
-        return mine, 1.0
-    mine_n, n = (max(1, n_labelled(labels[r])) for r in (mine, rows))
-    return mine, N * mine_n / n
 
 
 def over_processes(value, op="SUM"):
@@ -1930,19 +1918,20 @@ def look(name, losses, history):
                                  "last good checkpoint stands")
 
 
-def train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
+def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
           only_mixers=False, modules=(), seconds=None, progress=None):
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1.
 
-    tokens, labels (n,l), shuffled. loss_of_rows(rows of this process (b,), their share) -> loss ().
-    only_mixers: stage 1 and alignment move nothing else. modules: what `fast` compiles. The run
-    ends after `steps`, or after `seconds` if given, not counting the first step, which compiles; it
-    goes on where `progress` was written inside a stage of this name.
+    loss_of_rows(this process's rows, all rows) of a batch, indices into tokens (n,l) -> loss (),
+    of which the mean over the processes is minimised. only_mixers: stage 1 and alignment move
+    nothing else. modules: what `fast` compiles. The run ends after `steps`, or after `seconds` if
+    given, not counting the first step, which compiles; it goes on where `progress` was written
+    inside a stage of this name.
 
     -> list of (step, loss)
     """
-    progress = progress or Progress()
-    if world()[1] > 1:
+    progress, (rank, N) = progress or Progress(), world()
+    if N > 1:
         student.reshard()                           # evaluation leaves the root's tensors whole
     # for what is frozen no gradient is computed, nor memory taken
     parts = student.mixers().values() if only_mixers else [student]
@@ -1966,7 +1955,8 @@ def train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_siz
             ramp = min(1.0, (done + 1 / steps) / 0.1)
             optimizer.param_groups[0]["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
             with autocast(student):
-                loss = loss_of_rows(*my_rows(batch_rows(len(tokens), batch_size, step), labels))
+                rows = batch_rows(len(tokens), batch_size, step)                        # (b,)
+                loss = loss_of_rows(rows[rank::N], rows)
             student.zero_grad()                     # to None: memory for gradients only now
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -2000,17 +1990,17 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
     mixers, seen = student.mixers(), {}
 
     def keep(attention, _, inputs, outputs):
-        """What this layer's attention saw and said: u (b,l,D), RoPE's cos and sin, y (b,l,D)."""
-        seen[attention.layer_idx] = (inputs["hidden_states"], inputs["position_embeddings"],
-                                     outputs[0])
+        """What this layer's attention saw (u (b,l,D), RoPE's cos and sin) and said (b,l,D)."""
+        seen[attention.layer_idx] = inputs, outputs[0]
 
-    def loss_of_rows(rows, _):
-        """Relative squared error, mean over the layers (over_processes: of the whole batch)."""
+    def loss_of_rows(mine, _):
+        """Mean over the layers of my rows' squared error over the power of all rows."""
         error, power = [], []
         with torch.no_grad():
-            hidden_states(teacher, send(tokens[rows], student.device))
+            hidden_states(teacher, send(tokens[mine], student.device))
         for i, mixer in mixers.items():
-            u, rope, wanted = seen[i]
+            inputs, wanted = seen[i]
+            u, rope = inputs["hidden_states"], inputs["position_embeddings"]
             y = mixer(u, position_embeddings=rope)[0].float()                           # (b,l,D)
             error.append((y - wanted).pow(2).sum())
             power.append(wanted.float().pow(2).sum())
@@ -2023,8 +2013,8 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
         for i in mixers:
             hooks.enter_context(teacher.model.layers[i].self_attn.register_forward_hook(
                 keep, with_kwargs=True))
-        return train("alignment", student, teacher, loss_of_rows, tokens, None, steps, batch_size,
-                     lr, only_mixers=True, modules=modules, **options)
+        return train("alignment", student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
+                     only_mixers=True, modules=modules, **options)
 
 
 def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3, alpha=1.0,
@@ -2033,17 +2023,15 @@ def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3,
 
     tokens, labels (n,l); options: see `train` -> list of (step, loss)
     """
-    def loss_of_rows(rows, share):
-        """Eq. 2 of these rows, times what they weigh in the whole batch."""
-        batch, t, teacher_head = send(tokens[rows], student.device), None, None         # (b,l)
-        if beta:
-            with torch.no_grad():
-                t, teacher_head = before_logits(teacher, batch)
-        s, head = before_logits(student, batch)                                 # (b,l,D), (V,D)
-        return share * chunked_distillation_loss(s, t, head, teacher_head, labels[rows], alpha,
-                                                 beta)[0]
+    def loss_of_rows(mine, rows):
+        """Eq. 2, the sum over my rows over what all rows label."""
+        batch = send(tokens[mine], student.device)                                      # (b,l)
+        with torch.no_grad():
+            wanted = before_logits(teacher, batch) if beta else None
+        losses = chunked_token_losses(labels[mine], before_logits(student, batch), wanted)
+        return world()[1] * equation_2(*losses, labels[rows], alpha, beta)[0]
 
-    return train(name, student, teacher, loss_of_rows, tokens, labels, steps, batch_size, lr,
+    return train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
                  modules=chain(student.model.layers, teacher.model.layers), **options)
 
 
@@ -2052,12 +2040,12 @@ def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0
 
     options: see `train` -> list of (step, loss)
     """
-    def loss_of_rows(rows, _):
-        """The mean over pairs; every process has as many of them."""
-        pairs = [[v[rows] for v in side] for side in (chosen, rejected)]
+    def loss_of_rows(mine, _):
+        """The mean over my pairs; every process has as many of them."""
+        pairs = [[v[mine] for v in side] for side in (chosen, rejected)]
         return preference_losses(student, teacher, *pairs, beta)[0].mean()
 
-    return train("stage 3", student, teacher, loss_of_rows, chosen[0], None, steps, batch_size, lr,
+    return train("stage 3", student, teacher, loss_of_rows, chosen[0], steps, batch_size, lr,
                  **options)
 
 
@@ -2080,20 +2068,22 @@ class Data:
     questions: tuple = ()              # held-out prompts (ids) to show
 
 
-JSONL_ROWS = {"prompts": "{prompt}", "sft": "{prompt, response} or {messages}",
-              "preferences": "{prompt, chosen, rejected}"}
+JSONL_ROWS = {"prompts": ["prompt"], "sft": ["prompt", "response"],        # sft: or "messages"
+              "preferences": ["prompt", "chosen", "rejected"]}
 
 
 def read_row(line, kind):
-    """A line of JSONL -> prompt (text or messages), answers; some exception if it is malformed."""
+    """A line of JSONL -> prompt (text, or messages), answers; some exception if it is malformed.
+
+    Nothing may be empty, and of messages the last one is the answer.
+    """
     row = json.loads(line)
-    if kind == "sft" and "messages" in row:         # of a conversation the last answer is learnt
+    if kind == "sft" and "messages" in row:
         texts = [turn[key] for turn in row["messages"] for key in ("role", "content")]
         *prompt, last = row["messages"]
         found = prompt, last["content"]
     else:
-        keys = JSONL_ROWS[kind].split(" or ")[0].strip("{}").split(", ")
-        found = texts = [row[key] for key in keys]
+        found = texts = [row[key] for key in JSONL_ROWS[kind]]
     require(all(found) and all(isinstance(text, str) for text in texts), "a field is no text")
     return found
 
@@ -2107,8 +2097,9 @@ def read_jsonl(path, kind):
             try:
                 rows.append(read_row(line, kind))
             except (ValueError, KeyError, TypeError):
+                wanted = ", ".join(JSONL_ROWS[kind]) + " (or messages)" * (kind == "sft")
                 raise ValueError(f"{path}:{number}: {line.strip()[:60]!r} is no row of {kind}, "
-                                 f"which is JSON, {JSONL_ROWS[kind]}") from None
+                                 f"JSON with {wanted}") from None
     require(rows, f"{path}: no rows")
     return rows
 
@@ -2181,17 +2172,10 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     return answers
 
 
-def first_answers(tokens, labels):
-    """Every row's first answer and what stands before it; each row has one.
-
-    tokens, labels (n,l) -> prompts, answers (lists of ids)
-    """
-    found = []
-    for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
-        first = marks.index(True)
-        last = (marks + [False]).index(False, first)
-        found.append((row[:first], row[first:last]))
-    return zip(*found)
+def prompts_of(tokens, labels):
+    """What stands before every row's first answer. (n,l) -> list of ids"""
+    starts = (labels != -100).int().argmax(-1)                                          # (n,)
+    return [row[:start].tolist() for row, start in zip(tokens, starts)]
 
 
 def preference_pairs(chat, tokens, labels, length):
@@ -2201,7 +2185,9 @@ def preference_pairs(chat, tokens, labels, length):
 
     tokens, labels (n,l) -> chosen (tokens, labels), rejected (tokens, labels)
     """
-    prompts, answers = first_answers(tokens, labels)
+    prompts = prompts_of(tokens, labels)
+    answers = [list(takewhile(lambda y: y != -100, row[len(prompt):]))
+               for prompt, row in zip(prompts, labels.tolist())]
     return [chat.pack(zip(prompts, a), length) for a in (answers, answers[1:] + answers[:1])]
 
 
@@ -2534,7 +2520,7 @@ def story(original, data, args, progress, mixer):
 
     A resumed run takes the student up as it was saved and skips the steps that have their rows.
 
-    original: the teacher to convert from, whole; what trains beside the student may be sharded
+    original: the teacher to convert from (`teacher`, which runs beside the student, may be sharded)
 
     -> student, rows of the table
     """
@@ -2546,9 +2532,9 @@ def story(original, data, args, progress, mixer):
         return student
 
     teacher = shard(copy.deepcopy(original.cpu()) if world()[1] > 1 else original)
-    saved, L, student = progress.state, len(original.model.layers), None
-    cpu = original.device.type == "cpu"
-    rows, stays = saved["rows"], f"{mixer}: attention stays in layers %s of 0..{L - 1}"
+    saved, L, cuda = progress.state, len(original.model.layers), original.device.type == "cuda"
+    stays = f"{mixer}: attention stays in layers %s of 0..{L - 1}"
+    rows, student = saved["rows"], None
     if "keep" in saved:
         print(stays % saved["keep"])
         student = convert(saved["keep"], saved)
@@ -2561,8 +2547,9 @@ def story(original, data, args, progress, mixer):
             if keep and (args.tiny or args.choose_layers):
                 scout = student or convert([])      # six steps are enough to tell layers apart
                 align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)
-                few = [v[:args.eval_rows][:6 if cpu else None] for v in data.train]
-                keep, scores = choose_layers(scout, teacher, len(keep), *few)
+                few = args.eval_rows if cuda else min(6, args.eval_rows)    # SmolLM2: 100 x 2 s
+                keep, scores = choose_layers(scout, teacher, len(keep),
+                                             *(v[:few] for v in data.train))
                 print("KL that attention regains, by layer:", *(f"{s:.3f}" for s in scores))
             print(stays % keep, flush=True)
             student = convert(keep, student and whole_state(student))
@@ -2609,8 +2596,7 @@ def show_and_save(student, teacher, chat, data, folder, device):
         print("\nprompt  :", chat.tokenizer.decode(question))
         for name, ids in zip(models, both):
             print(f"{name:<8}:", chat.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    prompts, _ = first_answers(*data.heldout)
-    greedy = greedy_agreement(student, teacher, prompts[:200], chat.end)
+    greedy = greedy_agreement(student, teacher, prompts_of(*data.heldout)[:200], chat.end)
     print("\ngreedy answers of 32 tokens to {prompts} held-out prompts: the first "
           "{common_prefix:.1f} tokens agree, {identical:.0%} are identical".format(**greedy))
     save(student, chat, folder)

@@ -1008,7 +1008,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(bad, tmp_path, s
     student = make_student([1], layers=2, dtype=torch.float32)
     progress, tokens, seen = M.Progress(str(tmp_path), every=0), draw(2, 8), {}
 
-    def loss_of_rows(rows, share):
+    def loss_of_rows(mine, rows):
         loss = student(tokens, labels=tokens).loss
         if len(progress.state.get("history", [])) == 2:
             seen.update(parameters_of(student), file=(tmp_path / "progress.pt").read_bytes())
@@ -1016,7 +1016,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(bad, tmp_path, s
         return loss
 
     with pytest.raises(FloatingPointError, match="step 3") as caught:
-        M.train("stage 2", student, student, loss_of_rows, tokens, None, 5, 2, 1e-3,
+        M.train("stage 2", student, student, loss_of_rows, tokens, 5, 2, 1e-3,
                 progress=progress)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "progress.pt").read_bytes() == seen.pop("file")
@@ -1031,12 +1031,12 @@ def test_train_stops_after_its_seconds_without_the_first_step(compiling, least):
     student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(2, 8)
     pause = [compiling]
 
-    def loss_of_rows(rows, share):
+    def loss_of_rows(mine, rows):
         time.sleep(pause.pop() if pause else 0)
         return student(tokens, labels=tokens).loss
 
     start = time.monotonic()
-    history = M.train("timed", student, student, loss_of_rows, tokens, None, 10 ** 9, 2, 1e-3,
+    history = M.train("timed", student, student, loss_of_rows, tokens, 10 ** 9, 2, 1e-3,
                       seconds=0.5)
     assert 0.4 < time.monotonic() - start < 5 and len(history) >= least
 
@@ -1631,8 +1631,8 @@ def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
     """--tiny itself, with a teacher of few steps, few questions and two steps per stage."""
     train, tiny_teacher, tiny_world = M.train, M.tiny_teacher, M.tiny_world
 
-    def short(name, student, teacher, loss_of_rows, tokens, labels, steps, *rest, **options):
-        return train(name, student, teacher, loss_of_rows, tokens, labels, min(steps, 2), *rest,
+    def short(name, student, teacher, loss_of_rows, tokens, steps, *rest, **options):
+        return train(name, student, teacher, loss_of_rows, tokens, min(steps, 2), *rest,
                      **options)
 
     monkeypatch.setattr(M, "train", short)
