@@ -1557,10 +1557,7 @@ def send(tensor, device):
 
 @lru_cache
 def fused(function):
-    """`function`, compiled once and on first use, since importing the compiler takes a second.
-
-    Passes over (chunk,V) fp32 values were half of a training step on a GPU.
-    """
+    """Compiled when first used; passes over (chunk,V) fp32 values were half of a step on a GPU."""
     return torch.compile(function, dynamic=True)
 
 
@@ -1580,12 +1577,12 @@ def chunked_token_losses(labels, student, teacher=None, per_token=None, chunk=No
     labels (b,l)  hidden (b,l,D)  head (V,D) -> ce, kl: (b,l), 0 at what predicts no label
     """
     hidden = [side[0] for side in (student, teacher) if side]
-    device = hidden[0].device
-    chunk = chunk or (4096 if device.type == "cuda" else 1024)
-    per_token = per_token or (fused(token_losses) if device.type == "cuda" else token_losses)
+    cuda = hidden[0].is_cuda
+    chunk = chunk or (4096 if cuda else 1024)
+    per_token = per_token or (fused(token_losses) if cuda else token_losses)
     following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()      # (b*l,) what t predicts
     where = (following != -100).nonzero()[:, 0]                         # (n,) those that count
-    where, y = (send(v, device) for v in (where, following[where]))
+    where, y = (send(v, hidden[0].device) for v in (where, following[where]))
 
     def losses(y, s, t=None):
         """One chunk of m tokens: targets y (m,), hidden states s, t (m,D) -> columns (m,)"""
@@ -1628,10 +1625,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def preference_losses(student, teacher, chosen, rejected, beta=0.1):
-    """Eq. 4 of whole rows, and their rewards. chosen, rejected: (tokens, labels), each (b,l)
-
-    -> losses (b,), chosen_rewards (b,), rejected_rewards (b,)
-    """
+    """`dpo_loss` of whole rows, teacher as reference. chosen, rejected: (tokens, labels), (b,l)"""
     with torch.no_grad():
         reference = [preference_logps(teacher, *pair) for pair in (chosen, rejected)]
     policy = [preference_logps(student, *pair) for pair in (chosen, rejected)]
@@ -2226,8 +2220,8 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
-    matrices, rest = ([p for n, p in teacher.named_parameters() if
-                       (p.ndim == 2 and "embed" not in n) == wanted] for wanted in (True, False))
+    matrices = [p for n, p in teacher.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in teacher.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0),
                   torch.optim.AdamW(rest, lr=lr / 4, weight_decay=0.0)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 * (1 - i / steps)))
@@ -2289,17 +2283,19 @@ def real_data(teacher, chat, args):
     Without files the teacher invents the user's turn too: it continues the chat template's
     beginning, and every answer in what it writes is labelled. The last rows are held out.
     """
-    if args.prompts and not args.tokens_file:
+    labels = None
+    if args.tokens_file:
+        tokens = read_tokens(args.tokens_file)[:, :args.length]                         # (n,l)
+    elif args.prompts:
         prompts = [chat.pair(*row)[0] for row in read_jsonl(args.prompts, "prompts")]
         answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
         tokens, labels = chat.pack(zip(prompts, answers), args.length)
-    else:
+    else:                                                   # no end stops these rows: (n,l), full
         start, n_new = chat.user_start, args.length - len(chat.user_start)
-        tokens = read_tokens(args.tokens_file)[:, :args.length] if args.tokens_file else (
-            torch.tensor([start + row for row in sample(            # (n,l): no end stops a row
-                teacher, [start] * args.rows, n_new, None, args.sample_batch)]))
-        labels = chat.label(tokens)
+        tokens = torch.tensor([start + row for row in sample(
+            teacher, [start] * args.rows, n_new, None, args.sample_batch)])
     check_vocabulary(teacher, tokens)
+    labels = chat.label(tokens) if labels is None else labels
     last = len(tokens) - min(256, max(1, len(tokens) // 8))
     useful = (labels != -100).any(-1)                       # (n,) the other rows hold no answer
     data = Data(*([v[part][useful[part]] for v in (tokens, labels)]
