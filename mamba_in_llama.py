@@ -2346,7 +2346,7 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
     "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
-    "choose-layers": (bool, False, "keep the layers that regain the most KL, not every other one"),
+    "choose-layers": (bool, False, "keep the layers that regain most KL, not evenly spaced ones"),
     "mixer": (("mamba2", "mamba"), "mamba2", "mamba or mamba2; --tiny shows both"),
     "recipe": (tuple(RECIPES), "near_linear", "how mixers start"),
     "d-state": (int, None, "state size N, a divisor of the head dimension (default: that)"),
@@ -2355,7 +2355,7 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "preferences": (str, None, 'JSONL, rows {"prompt","chosen","rejected"}: stage 3'),
     "tokens-file": (str, None, "pseudo-labels: npz with `tokens` (n,l), or an older run's data.pt"),
     "tokens": (AMOUNT, 2e6, "training budget over all stages, tokens"),
-    "minutes": (AMOUNT, None, "the same in minutes without compilation; beats --tokens"),
+    "minutes": (AMOUNT, None, "that budget in minutes, without compilation; beats --tokens"),
     "shares": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0 and abs(sum(v) - 1) < 0.01,
                        "4 numbers with sum 1"), "0.4,0.15,0.42,0.03",
                "of the budget: alignment, stages 1, 2, 3"),
@@ -2462,8 +2462,7 @@ def prepare(args, device):
     require(not missing, f"the teacher {name} lacks {len(missing)} tensors, first {missing[:1]}")
     teacher, chat = teacher.to(device).eval(), Chat(tokenizer)
     check_teacher(teacher, args.d_state)            # complain before an hour of sampling
-    require(args.length <= context, f"--length {args.length} is longer than the teacher's "
-            f"context of {context}")
+    require(args.length <= context, f"--length {args.length} exceeds the context of {context}")
     over_processes(0)                               # all have looked at --out by now
     if world()[0] == 0 and not os.path.exists(cached):
         write_whole(vars(real_data(teacher, chat, args)), cached)
