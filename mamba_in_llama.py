@@ -41,10 +41,10 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, chain
+from functools import lru_cache, partial
+from itertools import accumulate, chain, takewhile
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1369,6 +1369,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"]
 
     def __init__(self, config):
+        """The teacher's network by its own class, mixers in place of the attention that goes."""
         super().__init__(config)
         self.model = AutoModel.from_config(config.teacher_config(),
                                            attn_implementation=config._attn_implementation)
@@ -1398,17 +1399,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = MixerCache.allocate(self, input_ids.shape[0])
         if cache is None:
-            hidden = hidden_states(self, input_ids, attention_mask, **kwargs)
+            hidden = hidden_states(self, input_ids, attention_mask, **kwargs)           # (b,l,D)
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         elif cache.columns == 0:
             logits = self.prefill(input_ids, cache, attention_mask, logits_to_keep)
         else:
             cache.columns += input_ids.shape[1]
-            logits = self.decode(input_ids, cache)[:, -logits_to_keep:]
+            logits = self.decode(input_ids, cache)[:, -logits_to_keep:]     # (b,T,vocab)
             cache.commit(cache.counts[2].clone())
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        loss = None if labels is None else F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     prefill = prefill
@@ -1440,13 +1440,13 @@ HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 def check_teacher(teacher, d_state):
     """Raise ValueError, in one line, for a teacher whose attention Algorithm 1 does not cover."""
-    layers = getattr(getattr(teacher, "model", None), "layers", None)
-    require(layers is not None and len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
+    layers = getattr(getattr(teacher, "model", None), "layers", ())
+    require(len(layers) > 0, f"{type(teacher).__name__} has no model.layers")
     for i, layer in enumerate(layers):
-        names = {n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children()}
-        require(names == {"q_proj", "k_proj", "v_proj", "o_proj"}, f"layer {i} of "
-                f"{type(teacher).__name__}: attention with {sorted(names)}, but only q_proj, "
-                "k_proj, v_proj, o_proj can be converted")
+        names = sorted(n for n, _ in getattr(layer, "self_attn", nn.Module()).named_children())
+        require(names == ["k_proj", "o_proj", "q_proj", "v_proj"], f"layer {i} of "
+                f"{type(teacher).__name__}: attention with {names}, but only q_proj, k_proj, "
+                "v_proj, o_proj can be converted")
     c, head_dim = teacher.config, layers[0].self_attn.head_dim
     G = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     require(c.num_attention_heads % G == 0,
@@ -1476,20 +1476,22 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
     fields = {**RECIPES[recipe], **switches}
     fields["norm"] = fields.get("norm", False) and mixer == "mamba2"       # Mamba has no such norm
+    # every field of the teacher's config stays one of ours, so that its layers find what they need
     config = HybridConfig(**{k: v for k, v in teacher.config.to_dict().items()
                              if k not in ("model_type", "architectures", "dtype")},
                           teacher_type=teacher.config.model_type, attn_layers=sorted(keep),
                           mixer=mixer, recipe=recipe, d_state=d_state, **fields)
-    weight = teacher.get_input_embeddings().weight
     eager = teacher.config._attn_implementation == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"
     student = HybridForCausalLM(config)
-    theirs, dtype = dict(teacher.named_parameters()), weight.dtype
+    weight = teacher.get_input_embeddings().weight                          # (V,D)
     for name, p in student.named_parameters():      # not .to(): it would round RoPE's frequencies
         wide = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
-        p.data = p.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
-        if name in theirs:
-            p.copy_(theirs[name])
+        p.data = p.data.to(torch.promote_types(weight.dtype, torch.float32) if wide
+                           else weight.dtype)
+    # embedding, norms, MLPs, head and the layers that stay bear the same names in both
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    # what remains is Algorithm 1 proper: W_V, W_K, W_Q, W_O into each mixer
     for i, new in student.mixers().items():
         new.init_parameters()                                   # again, now in the final dtype
         if config.attn_init:
@@ -1509,11 +1511,11 @@ def token_losses(student_logits, teacher_logits, targets):
     logits (n,V) (teacher's may be None: KL 0)  targets (n,) -> ce (n,), kl (n,)
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
-    log_s = student_logits.to(wide).log_softmax(-1)
+    log_s = student_logits.to(wide).log_softmax(-1)                                     # (n,V)
     ce = F.nll_loss(log_s, targets, reduction="none")
     if teacher_logits is None:
         return ce, torch.zeros_like(ce)
-    log_t = teacher_logits.to(wide).log_softmax(-1)
+    log_t = teacher_logits.to(wide).log_softmax(-1)                                     # (n,V)
     return ce, (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
@@ -1525,14 +1527,20 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
 
     logits (b,l,V)  labels (b,l) -> loss (), {"ce", "kl", "tokens"}
     """
-    keep = labels[:, 1:] != -100
+    keep = labels[:, 1:] != -100                            # (b,l-1); n of them are True
     ce, kl = token_losses(student_logits[:, :-1][keep], teacher_logits[:, :-1][keep],
                           labels[:, 1:][keep])
-    return equation_2(ce, kl, len(ce), alpha, beta)
+    return equation_2(ce, kl, labels, alpha, beta)
 
 
-def equation_2(ce, kl, n, alpha, beta):
-    """The mean over n labelled tokens of alpha ce + beta kl -> loss (), parts"""
+def n_labelled(labels):
+    """How many of the labels (b,l) count: those of a first token are predicted by nothing."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def equation_2(ce, kl, labels, alpha, beta):
+    """The mean over labelled tokens of alpha ce + beta kl, any shape -> loss (), parts"""
+    n = n_labelled(labels)
     ce, kl = ce.sum() / max(n, 1), kl.sum() / max(n, 1)
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
 
@@ -1547,58 +1555,61 @@ def send(tensor, device):
     return tensor.to(device)
 
 
-def at_labels(labels, *hidden):
-    """The labelled tokens y, and of each of `hidden` what predicts them.
-
-    Labels on the CPU spare a CUDA run the wait for how many there are.
-
-    labels (b,l)  hidden (b,l,D) -> where (n,) in the flattened batch, y (n,), each (n,D)
-    """
-    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    where = (following != -100).nonzero()[:, 0]
-    where, y = (send(v, hidden[0].device) for v in (where, following[where]))
-    return where, y, *(h.flatten(0, 1)[where] for h in hidden)
+@lru_cache
+def fused(function):
+    """Compiled when first used; passes over (chunk,V) fp32 values were half of a step on a GPU."""
+    return torch.compile(function, dynamic=True)
 
 
-@lru_cache(1)
-def fused_token_losses():
-    """Compiled once; passes over (chunk x V) fp32 values were half of a training step."""
-    return torch.compile(token_losses, dynamic=True)
+def before_logits(model, tokens):
+    """What logits are made of: hidden @ head.T. tokens (b,l) -> hidden (b,l,D), head (V,D)"""
+    hidden = hidden_states(model, send(tokens, model.device))
+    return hidden, model.get_output_embeddings().weight         # whole after the forward (`shard`)
 
 
-def chunked_token_losses(hidden, head, labels, teacher_hidden=None, teacher_head=None, chunk=None):
+def chunked_token_losses(labels, student, teacher=None, per_token=None, chunk=None):
     """`token_losses` from hidden states: logits exist for `chunk` labelled tokens at a time.
 
-    Logits are made again in the backward pass, so memory is chunk x V, not tokens x V.
+    Logits are made again in the backward pass, so memory is chunk x V, not tokens x V. Labels on
+    the CPU spare a CUDA run the wait for how many there are. per_token: as `token_losses` takes
+    and returns, if not that; student, teacher: see `before_logits`.
 
-    hidden (b,l,D)  head (V,D)  labels (b,l) -> ce (b,l), kl (b,l), 0 at what predicts no label
+    labels (b,l)  hidden (b,l,D)  head (V,D) -> ce, kl: (b,l), 0 at what predicts no label
     """
-    chunk = chunk or (4096 if hidden.is_cuda else 1024)
-    both = [hidden] if teacher_hidden is None else [hidden, teacher_hidden]
-    where, y, *both = at_labels(labels, *both)
-    per_token = fused_token_losses() if hidden.is_cuda else token_losses
+    hidden = [side[0] for side in (student, teacher) if side]
+    cuda = hidden[0].is_cuda
+    chunk = chunk or (4096 if cuda else 1024)
+    per_token = per_token or (fused(token_losses) if cuda else token_losses)
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()      # (b*l,) what t predicts
+    where = (following != -100).nonzero()[:, 0]                         # (n,) those that count
+    where, y = (send(v, hidden[0].device) for v in (where, following[where]))
 
-    def losses(y, h, t=None):
-        return per_token(h @ head.T, None if t is None else t @ teacher_head.T, y)
+    def losses(y, s, t=None):
+        """One chunk of m tokens: targets y (m,), hidden states s, t (m,D) -> columns (m,)"""
+        return per_token(s @ student[1].T, None if t is None else t @ teacher[1].T, y)
 
-    parts = [checkpoint(losses, *part, use_reentrant=False)
-             for part in zip(*(v.split(chunk) for v in (y, *both)))]
-    return [torch.cat(column).new_zeros(labels.numel()).index_copy(0, where, torch.cat(column))
-            .view(labels.shape) for column in zip(*parts)]
+    chunks = zip(*(v.split(chunk) for v in (y, *(h.flatten(0, 1)[where] for h in hidden))))
+    columns = map(torch.cat, zip(*(checkpoint(losses, *v, use_reentrant=False) for v in chunks)))
+    return [v.new_zeros(labels.numel()).index_copy(0, where, v).view(labels.shape) for v in columns]
 
 
 def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
                               alpha=1.0, beta=0.1, chunk=None):
-    """Eq. 2 from hidden states (b,l,D) and head weights (V,D): `distillation_loss`'s twin."""
-    ce, kl = chunked_token_losses(student_hidden, student_head, labels, teacher_hidden,
-                                  teacher_head, chunk)
-    return equation_2(ce, kl, int((labels[:, 1:] != -100).sum()), alpha, beta)
+    """`distillation_loss` from hidden states (b,l,D) and heads (V,D); no teacher: its KL is 0."""
+    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
+    losses = chunked_token_losses(labels, (student_hidden, student_head), teacher, chunk=chunk)
+    return equation_2(*losses, labels, alpha, beta)
 
 
 def sequence_logps(logits, labels):
     """Sum of log p over the labelled tokens of each row. logits (b,l,V), labels (b,l) -> (b,)"""
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # (b,l-1,V)
     return -F.cross_entropy(logits.mT, labels[:, 1:], reduction="none").sum(-1)
+
+
+def preference_logps(model, tokens, labels):
+    """`sequence_logps` without ever holding all logits. tokens, labels (b,l) -> (b,)"""
+    return -chunked_token_losses(labels, before_logits(model, tokens))[0].sum(1)
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
@@ -1613,14 +1624,23 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
+def preference_losses(student, teacher, chosen, rejected, beta=0.1):
+    """`dpo_loss` of whole rows, teacher as reference. chosen, rejected: (tokens, labels), (b,l)"""
+    with torch.no_grad():
+        reference = [preference_logps(teacher, *pair) for pair in (chosen, rejected)]
+    policy = [preference_logps(student, *pair) for pair in (chosen, rejected)]
+    return dpo_loss(*policy, *reference, beta)
+
+
 # ---------------------------------------------------------------------------------------------
 # 8. Evaluation.
 # ---------------------------------------------------------------------------------------------
 
 
-def autocast(device):
+def autocast(model):
     """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    cuda = model.device.type == "cuda"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=cuda)
 
 
 @torch.no_grad()
@@ -1636,25 +1656,34 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     if labels is None:
         labels = tokens.clone()
         labels[:, :prefix_len] = -100
-    models, sums, n = (student, teacher), 0, int((labels[:, 1:] != -100).sum())
-    modes, device = [m.training for m in models], student.get_input_embeddings().weight.device
+    models, sums = (student, teacher), 0
+    modes = [m.training for m in models]
+
+    def compare(s, t, y):
+        """logits s, t (m,V), targets y (m,) -> ce, kl, the teacher's ce, agreement: each (m,)"""
+        return *token_losses(s, t, y), token_losses(t, None, y)[0], s.argmax(-1) == t.argmax(-1)
+
     for m in models:
         m.eval()
     for batch, part in zip(tokens.split(batch_size), labels.split(batch_size)):
-        with autocast(device):
-            batch = send(batch, device)
-            _, *found = at_labels(part, *(hidden_states(m, batch) for m in models))
-            heads = [m.get_output_embeddings().weight for m in models]
-            for y, *h in zip(*(v.split(1024) for v in found)):
-                s, t = (x @ head.T for x, head in zip(h, heads))
-                agree = s.argmax(-1) == t.argmax(-1)
-                columns = (*token_losses(s, t, y), token_losses(t, None, y)[0], agree)
-                sums = sums + torch.stack([v.double().sum() for v in columns])
+        with autocast(student):
+            sides = [before_logits(m, batch) for m in models]
+            columns = chunked_token_losses(part, *sides, compare, chunk=1024)
+            sums = sums + torch.stack([v.double().sum() for v in columns])              # (4,)
     for m, training in zip(models, modes):
         m.train(training)
-    nats, kl, teacher_nats, agreement = (sums / max(n, 1)).tolist() if n else (0.0,) * 4
+    nats, kl, teacher_nats, agreement = (sums / max(1, n_labelled(labels))).tolist()
     return {"perplexity": math.exp(nats), "teacher_perplexity": math.exp(teacher_nats),
             "ratio": math.exp(nats - teacher_nats), "kl": kl, "agreement": agreement}
+
+
+@torch.no_grad()
+def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
+    """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
+    parts = zip(*(v.split(batch_size) for v in (*chosen, *rejected)))                   # (b,l) each
+    with autocast(student):
+        rewards = [preference_losses(student, teacher, p[:2], p[2:])[1:] for p in parts]    # (b,)
+    return sum(float((w > l).sum()) for w, l in rewards) / max(1, len(chosen[0]))
 
 
 def greedy_agreement(student, teacher, prompts, end=None, n=32):
@@ -1679,37 +1708,32 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
 
     tokens, labels (m,l) -> the layers in order, the first round's scores in nats per token
     """
-    def kl():
-        total = 0.0
-        for batch, part, wanted in batches:
-            with autocast(device):
-                hidden = hidden_states(student, batch)
-                head, teacher_head = (m.get_output_embeddings().weight for m in (student, teacher))
-                losses = chunked_token_losses(hidden, head, part, wanted, teacher_head)
-                total += float(losses[1].double().sum())
-        return total / max(1, int((labels[:, 1:] != -100).sum()))
+    mixers, attention = ([layer.self_attn for layer in m.model.layers] for m in (student, teacher))
+    with autocast(student):                         # the teacher runs once, not once per score
+        batches = [(batch, part, before_logits(teacher, batch)) for batch, part in
+                   zip(tokens.split(batch_size), labels.split(batch_size))]
 
-    device, layers = student.get_input_embeddings().weight.device, student.model.layers
-    batches, mixers = [], [layer.self_attn for layer in layers]
-    attention = [layer.self_attn for layer in teacher.model.layers]
-    with autocast(device):
-        for batch, part in zip(tokens.split(batch_size), labels.split(batch_size)):
-            batch = send(batch, device)
-            batches.append((batch, part, hidden_states(teacher, batch)))
-    keep, first = [], {}
+    def place(kept):
+        """Attention in the layers `kept`, mixers in the others."""
+        for i, layer in enumerate(student.model.layers):
+            layer.self_attn = (attention if i in kept else mixers)[i]
+
+    def kl(kept):
+        """Nats per labelled token of the student that keeps attention there."""
+        place(kept)
+        with autocast(student):
+            sums = [chunked_token_losses(part, before_logits(student, batch), wanted)[1].double()
+                    .sum() for batch, part, wanted in batches]
+        return float(sum(sums)) / max(1, n_labelled(labels))
+
+    keep, first = [], []
     for left in range(min(rounds, n), 0, -1):
-        before, scores = kl(), {}
-        for i in progress_bar([i for i in range(len(layers)) if i not in keep], "layers"):
-            layers[i].self_attn = attention[i]
-            scores[i] = before - kl()
-            layers[i].self_attn = mixers[i]
-        first = first or scores
-        for i in sorted(scores, key=scores.get)[-math.ceil((n - len(keep)) / left):]:
-            keep.append(i)
-            layers[i].self_attn = attention[i]
-    for layer, mixer in zip(layers, mixers):
-        layer.self_attn = mixer
-    return sorted(keep), [*first.values()]
+        before, rest = kl(keep), [i for i in range(len(mixers)) if i not in keep]
+        scores = {i: before - kl([*keep, i]) for i in progress_bar(rest, "layers")}
+        first = first or [*scores.values()]
+        keep += sorted(scores, key=scores.get)[-math.ceil((n - len(keep)) / left):]
+    place([])
+    return sorted(keep), first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1729,35 +1753,22 @@ def shard(model):
     whole weights exist while it runs, gathered just before. A mixer is a unit of its own, since
     alignment calls it outside of its layer; embedding, norm and head are the root's and stay whole
     from the forward to the end of the backward pass, as the loss reads the head. Every process
-    takes its rows of a batch (`my_rows`) and divides by what the *whole* batch labels, so that N
-    changes nothing but rounding. Not sharded: sampling pseudo-labels, which rank 0 does alone.
+    takes every N-th row of a batch and divides by what the *whole* batch labels, and FSDP averages
+    the gradients, so that N changes nothing but rounding. Not sharded: sampling pseudo-labels,
+    which rank 0 does alone.
     """
     if world()[1] > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        for layer in model.model.layers:
-            if isinstance(layer.self_attn, Mixer):
-                fully_shard(layer.self_attn)
-            fully_shard(layer)
-        fully_shard(model)
+        layers = model.model.layers
+        mixers = [layer.self_attn for layer in layers if isinstance(layer.self_attn, Mixer)]
+        for unit in (*mixers, *layers, model):      # from the inside out
+            fully_shard(unit)
         model.trunk = lambda **inputs: model.model(**inputs)    # what `hidden_states` calls
         register_fsdp_forward_method(model, "trunk")
         with torch.no_grad():                       # FSDP wants the first call to be the root's
             hidden_states(model, torch.zeros(1, 1, dtype=torch.long))
         model.reshard()
     return model
-
-
-def my_rows(rows, labels=None):
-    """This process's part of a batch's rows, and the factor of its mean loss.
-
-    The mean over the processes of factor x (mean over my labels) is the batch's mean.
-    """
-    rank, N = world()
-    mine = rows[rank::N]
-    if labels is None or N == 1:
-        return mine, 1.0
-    mine_n, n = (max(1, int((labels[r, 1:] != -100).sum())) for r in (mine, rows))
-    return mine, N * mine_n / n
 
 
 def over_processes(value, op="SUM"):
@@ -1769,25 +1780,26 @@ def over_processes(value, op="SUM"):
     return total if torch.is_tensor(value) else total.item()
 
 
-def whole_state(student, optimizer=None):
+def whole_state(student, optimizer=()):
     """State dicts of the unsharded student and optimizer: on rank 0's CPU, elsewhere empty."""
     from torch.distributed.checkpoint import state_dict as dcp  # seconds to import
     if world()[1] > 1:
-        student.reshard()
+        student.reshard()                           # evaluation leaves the root's tensors whole
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {"student": dcp.get_model_state_dict(student, options=options),
-            "optimizer": optimizer and dcp.get_optimizer_state_dict(student, optimizer,
-                                                                    options=options)}
+    return dict(zip(("student", "optimizer"),
+                    dcp.get_state_dict(student, optimizer, options=options)))
 
 
-def load_whole_state(state, student, optimizer=None):
-    """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N."""
+def load_whole_state(state, student, optimizer=()):
+    """Put what `whole_state` gave (rank 0's counts) into this run's shards, whatever its N.
+
+    Only what both have: of a student that kept other layers, what is distilled in the rest.
+    """
     from torch.distributed.checkpoint import state_dict as dcp
-    options = dcp.StateDictOptions(full_state_dict=True, strict=False,
-                                   broadcast_from_rank0=world()[1] > 1)
-    dcp.set_model_state_dict(student, dict(state["student"]), options=options)
-    if optimizer:
-        dcp.set_optimizer_state_dict(student, optimizer, state["optimizer"], options=options)
+    dcp.set_state_dict(student, optimizer, model_state_dict=dict(state["student"]),
+                       optim_state_dict=state["optimizer"], options=dcp.StateDictOptions(
+                           full_state_dict=True, strict=False,
+                           broadcast_from_rank0=world()[1] > 1))
 
 
 def write_whole(thing, path):
@@ -1801,29 +1813,31 @@ class Progress:
     """Where a run stands, on disk: a kill costs no more than `every` seconds.
 
     SIGTERM and Ctrl-C finish the step in progress, write, and stop with exit code 3.
+
+    state: "rows" of the table and "keep", the attention layers; "student" and "optimizer" as
+    `whole_state` has them; inside a stage its name "stage", its "history", the seconds "spent".
     """
 
     def __init__(self, folder=None, every=60.0, resume=False):
+        """Without a folder nothing is written. resume: from its file, or ValueError."""
         self.path = folder and os.path.join(folder, "progress.pt")
         self.every, self.written, self.stop = every, time.monotonic(), False
         self.state = {"rows": []}
         if resume:
-            require(os.path.exists(self.path), f"nothing to resume: {self.path} does not exist")
             try:
                 self.state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
                 require("rows" in self.state, "another format")
-            except Exception:
-                raise ValueError(f"{self.path} is not a checkpoint of this program") from None
-        if self.path:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: setattr(self, "stop", True))
+            except Exception as error:              # no file, no zip, no dict, a torn pickle
+                raise ValueError(f"nothing to resume: {self.path}: {error!r:.80}") from None
+        for number in (signal.SIGTERM, signal.SIGINT) if folder else ():
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
 
     def due(self):
         """Is it time to write, in the opinion of any process?"""
         late = time.monotonic() - self.written > self.every
         return bool(self.path) and over_processes(int(self.stop or late), "MAX") > 0
 
-    def write(self, student, optimizer=None, **changes):
+    def write(self, student, optimizer=(), **changes):
         """Put the whole student, optimizer and `changes` to disk; stop if a signal asked for it."""
         if not self.path:
             return
@@ -1849,89 +1863,9 @@ def epoch_order(n, seed, epoch):
 
 def batch_rows(n, batch_size, step, seed=0):
     """The rows of one step: shuffled epochs. -> (batch_size,) indices into 0..n-1"""
-    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n
+    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n    # epochs it touches
     order = torch.cat([epoch_order(n, seed, epoch) for epoch in range(first, last + 1)])
     return order[step * batch_size - first * n:][:batch_size]
-
-
-def mixer_parameters(student):
-    """What stage 1 trains: the new mixers, nothing else."""
-    return [p for mixer in student.mixers().values() for p in mixer.parameters()]
-
-
-def all_parameters(student):
-    """What stages 2 and 3 train."""
-    if world()[1] > 1:
-        student.reshard()                           # evaluation leaves the root's tensors whole
-    return list(student.parameters())
-
-
-LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
-
-
-def train(name, student, parameters, loss_of_step, steps, lr, warmup=0.1, clip=1.0, seconds=None,
-          tokens_per_step=0, progress=None):
-    """AdamW (0.9, 0.98), linear warm-up, cosine to 0, clipping; resumes from `progress`.
-
-    loss_of_step(step) -> scalar loss. The run ends after `steps`, or after `seconds` if given, not
-    counting the first step, which compiles.
-    A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
-
-    -> list of (step, loss)
-    """
-    progress, history, first, spent = progress or Progress(), [], 0, 0.0
-    student.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=True)
-    saved = progress.state
-    if saved.get("stage") == name:                                             # go on inside
-        load_whole_state(saved, student, optimizer)
-        first, history, spent = saved["step"], saved["history"], saved["spent"]
-    start, losses = time.monotonic() - spent, []
-
-    def look():
-        """Read the losses since the last look, which waits for a GPU; stop if one is not finite."""
-        values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
-        losses.clear()
-        if not all(map(math.isfinite, values)):
-            raise FloatingPointError(f"{name}: the loss is {values[-1]} at step "
-                                     f"{len(history) + len(values)}; the last good checkpoint "
-                                     "stands")
-        history.extend(enumerate(values, len(history)))
-        rate = tokens_per_step * (len(history) - first) / (time.monotonic() - start - spent + 1e-9)
-        bar.set_postfix_str(f"loss {values[-1]:.3f}, {rate:,.0f} tokens/s")
-
-    bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
-    for step in bar:
-        done = step / steps
-        if seconds is not None:
-            done = over_processes(time.monotonic() - start, "MAX") / seconds
-        if done >= 1:
-            break
-        ramp = min(1.0, (done + 1 / steps) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
-        loss = loss_of_step(step)
-        student.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        losses.append(loss.detach())
-        due = progress.due()
-        if due or len(losses) >= LOOK_EVERY.get(loss.device.type, 1):
-            look()
-        optimizer.step()
-        if step == first:           # compiled by now: that took 30 of alignment's 50 s on an H100,
-            start = time.monotonic() - spent        # which then ended at 2.301 instead of 1.528
-        if due:
-            progress.write(student, optimizer, stage=name, step=step + 1, history=history,
-                           spent=time.monotonic() - start)
-    if losses:
-        look()
-    bar.close()
-    student.requires_grad_(True)
-    return history
 
 
 # transformers' own "sdpa" under a name for which it builds no mask: where all rows are whole,
@@ -1940,39 +1874,103 @@ AttentionInterface.register("causal", AttentionInterface()["sdpa"])
 
 
 @contextmanager
-def fast(models, modules, device, length, long):
-    """For training on whole rows of `length`: attention without a mask and, in a `long` stage on
-    one GPU, torch.compile of `modules` (a third of a step's time on an H200)."""
+def fast(models, modules, length, long):
+    """For training on whole rows of `length`: attention without a mask and, in a stage that is
+    `long` enough to repay it and on one GPU, `modules` compiled (a third of a step on an H200)."""
+    cuda = models[0].device.type == "cuda"
+    modules = list(modules) if long and cuda and world()[1] == 1 else []
     configs = [m.model.config for m in models]
     before = [c._attn_implementation for c in configs]
     for c in configs:
         window = getattr(c, "sliding_window", None) or length
         if c._attn_implementation == "sdpa" and window >= length:
             c._attn_implementation = "causal"
-    chosen = list(modules) if device.type == "cuda" and long and world()[1] == 1 else []
-    for module in chosen:
+    for module in modules:
         module.compile(dynamic=False)
     try:
         yield
     finally:
-        for module in chosen:
+        for module in modules:
             module._compiled_call_impl = None
         for c, name in zip(configs, before):
             c._attn_implementation = name
 
 
-def run_stage(name, student, teacher, parameters, modules, loss_of_rows, tokens, labels, steps,
-              batch_size, lr, **options):
-    """`train` on shuffled rows. loss_of_rows(rows of this process, their share) -> loss"""
-    def loss_of_step(step):
-        with autocast(device):
-            return loss_of_rows(*my_rows(batch_rows(len(tokens), batch_size, step), labels))
+LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
 
-    device, seconds = student.get_input_embeddings().weight.device, options.get("seconds")
-    long = steps > 500 if seconds is None else seconds > 45     # repays the compilation
-    with fast((student, teacher), modules, device, tokens.shape[1], long):
-        return train(name, student, parameters, loss_of_step, steps, lr,
-                     tokens_per_step=batch_size * tokens.shape[1], **options)
+
+def look(name, losses, history):
+    """Move the losses since the last look to the history; this alone waits for a GPU.
+
+    A loss that is not finite raises FloatingPointError and leaves the last checkpoint alone.
+    """
+    values = (over_processes(torch.stack(losses)) / world()[1]).tolist()
+    losses.clear()
+    history.extend(enumerate(values, len(history)))
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"{name}: the loss is {values[-1]} at step {len(history)}; the "
+                                 "last good checkpoint stands")
+
+
+def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
+          only_mixers=False, modules=(), seconds=None, progress=None):
+    """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1.
+
+    loss_of_rows(this process's rows, all rows) of a batch, indices into tokens (n,l) -> loss (),
+    of which the mean over the processes is minimised. only_mixers: stage 1 and alignment move
+    nothing else. modules: what `fast` compiles. The run ends after `steps`, or after `seconds` if
+    given, not counting the first step, which compiles; it goes on where `progress` was written
+    inside a stage of this name.
+
+    -> list of (step, loss)
+    """
+    progress, (rank, N) = progress or Progress(), world()
+    if N > 1:
+        student.reshard()                           # evaluation leaves the root's tensors whole
+    # for what is frozen no gradient is computed, nor memory taken
+    parts = student.mixers().values() if only_mixers else [student]
+    parameters = [p for part in parts for p in part.parameters()]
+    student.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    history, spent, losses = [], 0.0, []
+    if progress.state.get("stage") == name:
+        load_whole_state(progress.state, student, optimizer)
+        history, spent = progress.state["history"], progress.state["spent"]
+    first, start, l = len(history), time.monotonic() - spent, tokens.shape[1]
+    bar = progress_bar(range(first, steps), name, initial=first, total=steps, unit="step")
+    with fast((student, teacher), modules, l, steps > 500 if seconds is None else seconds > 45):
+        for step in bar:
+            done = step / steps if seconds is None else over_processes(
+                time.monotonic() - start, "MAX") / seconds
+            if done >= 1:
+                break
+            ramp = min(1.0, (done + 1 / steps) / 0.1)
+            optimizer.param_groups[0]["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
+            with autocast(student):
+                rows = batch_rows(len(tokens), batch_size, step)                        # (b,)
+                loss = loss_of_rows(rows[rank::N], rows)
+            student.zero_grad()                     # to None: memory for gradients only now
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            losses.append(loss.detach())
+            due = progress.due()
+            if due or len(losses) >= LOOK_EVERY.get(loss.device.type, 1):
+                look(name, losses, history)         # before the step: no bad loss is ever taken
+                rate = (step + 1 - first) * batch_size * l / (time.monotonic() - start - spent)
+                bar.set_postfix_str(f"loss {history[-1][1]:.3f}, {rate:,.0f} tokens/s")
+            optimizer.step()
+            if step == first:       # compiled by now: that took 30 of alignment's 50 s on an H100,
+                start = time.monotonic() - spent    # which then ended at 2.301 instead of 1.528
+            if due:
+                progress.write(student, optimizer, stage=name, history=history,
+                               spent=time.monotonic() - start)
+    if losses:
+        look(name, losses, history)
+    bar.close()
+    student.requires_grad_(True)
+    return history
 
 
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
@@ -1984,105 +1982,70 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
     tokens (n,l) -> list of (step, loss)
     """
     mixers, seen = student.mixers(), {}
-    device = student.get_input_embeddings().weight.device
 
-    def keep(i):
-        def hook(module, args, kwargs, output):
-            seen[i] = kwargs["hidden_states"], kwargs["position_embeddings"], output[0]
-        return hook
+    def keep(attention, _, inputs, outputs):
+        """What this layer's attention saw (u (b,l,D), RoPE's cos and sin) and said (b,l,D)."""
+        seen[attention.layer_idx] = inputs, outputs[0]
 
-    def loss_of_rows(rows, _):
+    def loss_of_rows(mine, _):
+        """Mean over the layers of my rows' squared error over the power of all rows."""
         error, power = [], []
         with torch.no_grad():
-            hidden_states(teacher, send(tokens[rows], device))
+            hidden_states(teacher, send(tokens[mine], student.device))
         for i, mixer in mixers.items():
-            u, rope, wanted = seen[i]
-            y = mixer(u, position_embeddings=rope)[0].float()
+            inputs, wanted = seen[i]
+            u, rope = inputs["hidden_states"], inputs["position_embeddings"]
+            y = mixer(u, position_embeddings=rope)[0].float()                           # (b,l,D)
             error.append((y - wanted).pow(2).sum())
             power.append(wanted.float().pow(2).sum())
         return (torch.stack(error) / over_processes(torch.stack(power))).mean() * world()[1]
 
     if not mixers or steps == 0:
         return []
-    hooks = [teacher.model.layers[i].self_attn.register_forward_hook(keep(i), with_kwargs=True)
-             for i in mixers]
     modules = chain(mixers.values(), (layer.mlp for layer in teacher.model.layers))
-    try:
-        return run_stage("alignment", student, teacher, mixer_parameters(student), modules,
-                         loss_of_rows, tokens, None, steps, batch_size, lr, **options)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:                      # taken off again at the end
+        for i in mixers:
+            hooks.enter_context(teacher.model.layers[i].self_attn.register_forward_hook(
+                keep, with_kwargs=True))
+        return train("alignment", student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
+                     only_mixers=True, modules=modules, **options)
 
 
 def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3, alpha=1.0,
-           beta=0.1, only_mixers=False, **options):
+           beta=0.1, **options):
     """Stages 1 and 2: Eq. 2 on labelled tokens; beta = 0 is plain supervised fine-tuning.
 
     tokens, labels (n,l); options: see `train` -> list of (step, loss)
     """
-    device = student.get_input_embeddings().weight.device
-
-    def loss_of_rows(rows, share):
-        batch = send(tokens[rows], device)
+    def loss_of_rows(mine, rows):
+        """Eq. 2, the sum over my rows over what all rows label."""
+        batch = send(tokens[mine], student.device)                                      # (b,l)
         with torch.no_grad():
-            t = hidden_states(teacher, batch) if beta else None
-        s = hidden_states(student, batch)
-        heads = [m.get_output_embeddings().weight for m in (student, teacher)]
-        return share * chunked_distillation_loss(s, t, *heads, labels[rows], alpha, beta)[0]
+            wanted = before_logits(teacher, batch) if beta else None
+        losses = chunked_token_losses(labels[mine], before_logits(student, batch), wanted)
+        return world()[1] * equation_2(*losses, labels[rows], alpha, beta)[0]
 
-    parameters = mixer_parameters(student) if only_mixers else all_parameters(student)
-    return run_stage(name, student, teacher, parameters,
-                     chain(student.model.layers, teacher.model.layers), loss_of_rows, tokens,
-                     labels, steps, batch_size, lr, **options)
-
-
-def preference_logps(model, tokens, labels):
-    """`sequence_logps` without ever holding all logits. tokens, labels (b,l) -> (b,)"""
-    device = model.get_input_embeddings().weight.device
-    with autocast(device):
-        hidden = hidden_states(model, send(tokens, device))
-        return -chunked_token_losses(hidden, model.get_output_embeddings().weight, labels)[0].sum(1)
-
-
-def preference_losses(student, teacher, chosen, rejected, beta=0.1):
-    """Eq. 4 with the teacher as reference, and its two rewards: `dpo_loss` of whole rows.
-
-    chosen, rejected: (tokens, labels), each (b,l) -> three times (b,)
-    """
-    with torch.no_grad():
-        reference = [preference_logps(teacher, *pair) for pair in (chosen, rejected)]
-    policy = [preference_logps(student, *pair) for pair in (chosen, rejected)]
-    return dpo_loss(*policy, *reference, beta)
+    return train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
+                 modules=chain(student.model.layers, teacher.model.layers), **options)
 
 
 def dpo(student, teacher, chosen, rejected, steps, batch_size=4, lr=5e-5, beta=0.1, **options):
-    """Stage 3: `preference_losses`, everything trainable. chosen, rejected: (tokens, labels), (n,l)
+    """Stage 3: Eq. 4, everything trainable. chosen, rejected: (tokens, labels), each (n,l)
 
-    -> list of (step, loss)
+    options: see `train` -> list of (step, loss)
     """
-    def loss_of_rows(rows, _):
-        pairs = [[v[rows] for v in side] for side in (chosen, rejected)]
+    def loss_of_rows(mine, _):
+        """The mean over my pairs; every process has as many of them."""
+        pairs = [[v[mine] for v in side] for side in (chosen, rejected)]
         return preference_losses(student, teacher, *pairs, beta)[0].mean()
 
-    return run_stage("stage 3", student, teacher, all_parameters(student), (), loss_of_rows,
-                     chosen[0], None, steps, batch_size, lr, **options)
-
-
-@torch.no_grad()
-def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
-    """Share of pairs whose chosen answer has the higher implicit reward (Eq. 4's margin > 0)."""
-    parts = zip(*(v.split(batch_size) for v in (*chosen, *rejected)))
-    right = [preference_losses(student, teacher, part[:2], part[2:]) for part in parts]
-    return sum(float((w > l).sum()) for _, w, l in right) / max(1, len(chosen[0]))
+    return train("stage 3", student, teacher, loss_of_rows, chosen[0], steps, batch_size, lr,
+                 **options)
 
 
 # ---------------------------------------------------------------------------------------------
 # 10. Data: chat turns to (tokens, labels); the teacher's own answers; the tiny world.
 # ---------------------------------------------------------------------------------------------
-
-JSONL_ROWS = {"prompts": [["prompt"]], "sft": [["prompt", "response"], ["messages"]],
-              "preferences": [["prompt", "chosen", "rejected"]]}
 
 
 @dataclass
@@ -2099,13 +2062,24 @@ class Data:
     questions: tuple = ()              # held-out prompts (ids) to show
 
 
-def well_formed(key, value):
-    """Is this field of a JSONL row a text, or (messages) turns with an answer at their end?"""
-    if key != "messages":
-        return isinstance(value, str) and value != ""
-    return isinstance(value, list) and len(value) > 1 and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str) for turn in value)
+JSONL_ROWS = {"prompts": ["prompt"], "sft": ["prompt", "response"],        # sft: or "messages"
+              "preferences": ["prompt", "chosen", "rejected"]}
+
+
+def read_row(line, kind):
+    """A line of JSONL -> prompt (text, or messages), answers; some exception if it is malformed.
+
+    Nothing may be empty, and of messages the last one is the answer.
+    """
+    row = json.loads(line)
+    if kind == "sft" and "messages" in row:
+        texts = [turn[key] for turn in row["messages"] for key in ("role", "content")]
+        *prompt, last = row["messages"]
+        found = prompt, last["content"]
+    else:
+        found = texts = [row[key] for key in JSONL_ROWS[kind]]
+    require(all(found) and all(isinstance(text, str) for text in texts), "a field is no text")
+    return found
 
 
 def read_jsonl(path, kind):
@@ -2115,14 +2089,11 @@ def read_jsonl(path, kind):
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-            require(isinstance(row, dict) and any(
-                all(well_formed(key, row.get(key)) for key in keys) for keys in JSONL_ROWS[kind]),
-                f"{path}:{number}: a row of {kind} needs " + " or ".join(
-                    "{" + ", ".join(keys) + "}" for keys in JSONL_ROWS[kind]))
-            rows.append(row)
+                rows.append(read_row(line, kind))
+            except (ValueError, KeyError, TypeError):
+                wanted = ", ".join(JSONL_ROWS[kind]) + " (or messages)" * (kind == "sft")
+                raise ValueError(f"{path}:{number}: {line.strip()[:60]!r} is no row of {kind}, "
+                                 f"JSON with {wanted}") from None
     require(rows, f"{path}: no rows")
     return rows
 
@@ -2131,6 +2102,7 @@ class Chat:
     """How a tokenizer writes turns, read off its chat template; everything in token ids."""
 
     def __init__(self, tokenizer):
+        """ValueError for a tokenizer without a chat template."""
         require(tokenizer.chat_template, "the tokenizer has no chat template")
         self.tokenizer, mark = tokenizer, "@@@"
         turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
@@ -2144,7 +2116,7 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def ids(self, text):
-        """Text as token ids, nothing added."""
+        """Text as token ids, nothing added: the template has written the special ones."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def pair(self, prompt, answer=""):
@@ -2159,8 +2131,7 @@ class Chat:
         found = (tokens.unfold(1, len(header), 1) == header).all(-1)           # (n,l-header+1)
         for row, start in found.nonzero().tolist():
             first = start + len(header)
-            ends = (tokens[row, first:] == self.end).nonzero()
-            last = first + int(ends[0]) + 1 if len(ends) else tokens.shape[1]
+            last = (tokens[row].tolist() + [self.end]).index(self.end, first) + 1
             labels[row, first:last] = tokens[row, first:last]
         return labels
 
@@ -2169,15 +2140,10 @@ class Chat:
 
         Right padding is never attended to by what counts and carries no label.
         """
-        pairs = list(pairs)
-        l = min(length, max(len(p) + len(a) for p, a in pairs))
-        tokens = torch.full((len(pairs), l), self.end)
-        labels = torch.full((len(pairs), l), -100)
-        for i, (p, a) in enumerate(pairs):
-            row = torch.tensor((list(p) + list(a))[:l])
-            tokens[i, :len(row)] = row
-            labels[i, len(p):len(row)] = row[len(p):]
-        return tokens, labels
+        pairs, pad = list(pairs), partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        tokens = [torch.tensor((p + a)[:length]) for p, a in pairs]
+        labels = [torch.tensor(([-100] * len(p) + a)[:length]) for p, a in pairs]
+        return pad(tokens, padding_value=self.end), pad(labels, padding_value=-100)     # (n,l)
 
 
 def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50, seed=0,
@@ -2187,7 +2153,7 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     -> list of lists of ids, without the prompts
     """
     generate = __import__("spec_decode").generate   # see the end of this file for the reason
-    draw = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
+    draw = torch.Generator(model.device).manual_seed(seed)
     bar = progress_bar(None, name, total=len(prompts) * n_new, unit="token", unit_scale=True)
     answers = []
     for i in range(0, len(prompts), batch_size):
@@ -2200,15 +2166,10 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
     return answers
 
 
-def first_answers(tokens, labels):
-    """Every row's first answer and what stands before it. (n,l) -> prompts, answers (ids)"""
-    prompts, answers = [], []
-    for row, marks in zip(tokens.tolist(), (labels != -100).tolist()):
-        first = marks.index(True)
-        last = (marks + [False]).index(False, first)
-        prompts.append(row[:first])
-        answers.append(row[first:last])
-    return prompts, answers
+def prompts_of(tokens, labels):
+    """What stands before every row's first answer. (n,l) -> list of ids"""
+    starts = (labels != -100).int().argmax(-1)                                          # (n,)
+    return [row[:start].tolist() for row, start in zip(tokens, starts)]
 
 
 def preference_pairs(chat, tokens, labels, length):
@@ -2218,7 +2179,9 @@ def preference_pairs(chat, tokens, labels, length):
 
     tokens, labels (n,l) -> chosen (tokens, labels), rejected (tokens, labels)
     """
-    prompts, answers = first_answers(tokens, labels)
+    prompts = prompts_of(tokens, labels)
+    answers = [list(takewhile(lambda y: y != -100, row[len(prompt):]))
+               for prompt, row in zip(prompts, labels.tolist())]
     return [chat.pack(zip(prompts, a), length) for a in (answers, answers[1:] + answers[:1])]
 
 
@@ -2232,17 +2195,13 @@ def tiny_world():
     """
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import ByteLevelBPETokenizer
     text = "\n\n".join(topics[k] for k in sorted(topics))
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
-        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>",
-                                        pad_token="<|end|>")
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator([text], vocab_size=512, min_frequency=0, show_progress=False,
+                             special_tokens=["<|user|>", "<|assistant|>", "<|end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -2253,10 +2212,11 @@ def tiny_world():
 def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
     """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
 
-    tokens (n,): one long text, cut at random -> LlamaForCausalLM
+    Plain AdamW stays far behind in equal time. tokens (n,): one long text, cut at random
+
+    -> LlamaForCausalLM
     """
-    from transformers import LlamaConfig
-    teacher = AutoModelForCausalLM.from_config(LlamaConfig(
+    teacher = AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
@@ -2270,7 +2230,7 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
     bar = progress_bar(range(steps), "teacher", unit="step")
     for _ in bar:
         starts = torch.randint(len(tokens) - length, (8,), generator=draw)
-        batch = torch.stack([tokens[i:i + length] for i in starts])
+        batch = torch.stack([tokens[i:i + length] for i in starts])                     # (8,l)
         loss = F.cross_entropy(teacher(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         teacher.zero_grad()
         loss.backward()
@@ -2281,11 +2241,17 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
 
 
 def tiny_data(args):
-    """The tiny teacher and everything it needs, in half a minute. -> teacher, Chat, Data"""
+    """The tiny teacher and everything it needs, in half a minute.
+
+    Every tenth paragraph is held out: its question for the teacher to answer, its rest as what
+    people wrote.
+
+    -> teacher, Chat, Data
+    """
     tokenizer, pairs = tiny_world()
     chat = Chat(tokenizer)
-    human, seen = [[chat.pair(*p) for i, p in enumerate(pairs) if (i % 10 == 0) == held]
-                   for held in (True, False)]
+    pairs = [chat.pair(*p) for p in pairs]
+    human, seen = pairs[::10], [p for i, p in enumerate(pairs) if i % 10]
     teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]))
     prompts, asked = 2 * [p for p, _ in seen], [p for p, _ in human]
     # a teacher this small writes readable answers only at a low temperature
@@ -2299,18 +2265,16 @@ def tiny_data(args):
 def read_tokens(path):
     """The array `tokens` of an npz file, or the rows of another run's data.pt. -> (n,l)"""
     import numpy  # comes with transformers
-    require(os.path.isfile(path), f"{path}: no such file")
     try:
         if path.endswith(".pt"):
             data = torch.load(path)
-            tokens = torch.cat([data["train"][0], data["heldout"][0]])
-        else:
-            tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))
-    except Exception:                               # zip, pickle, key and type errors alike
-        tokens = torch.zeros(0)
-    require(tokens.ndim == 2 and tokens.numel(),
-            f"{path}: neither an .npz file with an integer array `tokens` (n,l) nor a data.pt")
-    return tokens
+            return torch.cat([data["train"][0], data["heldout"][0]])
+        tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))
+        require(tokens.ndim == 2 and tokens.numel(), f"its shape is {tuple(tokens.shape)}")
+        return tokens
+    except Exception as error:                      # file, zip, pickle, key and type errors alike
+        raise ValueError(f"{path}: want an .npz file with an integer array `tokens` (n,l), or a "
+                         f"data.pt ({error!r:.80})") from None
 
 
 def real_data(teacher, chat, args):
@@ -2321,41 +2285,34 @@ def real_data(teacher, chat, args):
     """
     labels = None
     if args.tokens_file:
-        tokens = read_tokens(args.tokens_file)[:, :args.length]
+        tokens = read_tokens(args.tokens_file)[:, :args.length]                         # (n,l)
     elif args.prompts:
-        prompts = [chat.pair(r["prompt"])[0] for r in read_jsonl(args.prompts, "prompts")]
+        prompts = [chat.pair(*row)[0] for row in read_jsonl(args.prompts, "prompts")]
         answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
         tokens, labels = chat.pack(zip(prompts, answers), args.length)
-    else:
-        start = chat.user_start
+    else:                                                   # no end stops these rows: (n,l), full
+        start, n_new = chat.user_start, args.length - len(chat.user_start)
         tokens = torch.tensor([start + row for row in sample(
-            teacher, [start] * args.rows, args.length - len(start), None, args.sample_batch)])
-    check_vocabulary(teacher, tokens.cpu())
+            teacher, [start] * args.rows, n_new, None, args.sample_batch)])
+    check_vocabulary(teacher, tokens)
     labels = chat.label(tokens) if labels is None else labels
-    useful = (labels != -100).any(-1)
-    data = Data(*split((tokens, labels), min(256, max(1, len(tokens) // 8)), useful))
+    last = len(tokens) - min(256, max(1, len(tokens) // 8))
+    useful = (labels != -100).any(-1)                       # (n,) the other rows hold no answer
+    data = Data(*([v[part][useful[part]] for v in (tokens, labels)]
+                  for part in (slice(last), slice(last, None))))
     require(len(data.train[0]) and len(data.heldout[0]), "no answers among the pseudo-labels")
     data.questions = [chat.pair(q)[0] for q in (
         "What is the capital of France, and what is it known for?",
         "Give me three tips for learning to cook.")]
-    if args.sft:                                    # of a conversation the last answer is learnt
-        data.sft = chat.pack([
-            chat.pair(r["messages"][:-1], r["messages"][-1]["content"]) if "messages" in r
-            else chat.pair(r["prompt"], r["response"]) for r in read_jsonl(args.sft, "sft")],
-            args.length)
+    if args.sft:
+        data.sft = chat.pack([chat.pair(*row) for row in read_jsonl(args.sft, "sft")], args.length)
     if args.preferences:
         rows = read_jsonl(args.preferences, "preferences")
-        data.pairs, data.judge = zip(*(
-            split(chat.pack([chat.pair(r["prompt"], r[k]) for r in rows], args.length),
-                  max(1, len(rows) // 8)) for k in ("chosen", "rejected")))
+        last = len(rows) - max(1, len(rows) // 8)
+        both = [chat.pack([chat.pair(row[0], row[k]) for row in rows], args.length) for k in (1, 2)]
+        data.pairs, data.judge = ([[v[part] for v in side] for side in both]
+                                  for part in (slice(last), slice(last, None)))
     return data
-
-
-def split(answers, n_held, useful=slice(None)):
-    """Tokens and labels (n,l) without the last n_held rows, and those; of both what is useful."""
-    keep = torch.arange(len(answers[0]))[useful]
-    last = len(answers[0]) - n_held
-    return [tuple(v[keep[part]] for v in answers) for part in (keep < last, keep >= last)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2368,11 +2325,12 @@ STAGES = ("alignment", "stage 1", "stage 2", "stage 3")
 def checked(kind, fits, wanted):
     """An argparse type: kind(text), refused with "... must be `wanted`" unless it `fits`."""
     def read(text):
+        """argparse says "invalid int value" where kind(text) itself raises."""
         value = kind(text)
         if not fits(value):
             raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return value
-    read.__name__ = getattr(kind, "__name__", "value")
+    read.__name__ = kind.__name__
     return read
 
 
@@ -2388,19 +2346,16 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
     "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
-    "choose-layers": (bool, False, "keep the layers whose attention regains the most KL, instead "
-                      "of evenly spaced ones; all layers are aligned first"),
+    "choose-layers": (bool, False, "keep the layers that regain most KL, not evenly spaced ones"),
     "mixer": (("mamba2", "mamba"), "mamba2", "mamba or mamba2; --tiny shows both"),
     "recipe": (tuple(RECIPES), "near_linear", "how mixers start"),
     "d-state": (int, None, "state size N, a divisor of the head dimension (default: that)"),
     "prompts": (str, None, 'JSONL, rows {"prompt"}: the teacher answers these'),
     "sft": (str, None, 'JSONL, rows {"prompt","response"} or {"messages"}: stage 2'),
     "preferences": (str, None, 'JSONL, rows {"prompt","chosen","rejected"}: stage 3'),
-    "tokens-file": (str, None, "pseudo-labels: an npz with an array `tokens` (n,l), or the "
-                    "data.pt of an earlier run"),
+    "tokens-file": (str, None, "pseudo-labels: npz with `tokens` (n,l), or an older run's data.pt"),
     "tokens": (AMOUNT, 2e6, "training budget over all stages, tokens"),
-    "minutes": (AMOUNT, None, "training budget over all stages, minutes without compilation; "
-                "beats --tokens"),
+    "minutes": (AMOUNT, None, "that budget in minutes, without compilation; beats --tokens"),
     "shares": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0 and abs(sum(v) - 1) < 0.01,
                        "4 numbers with sum 1"), "0.4,0.15,0.42,0.03",
                "of the budget: alignment, stages 1, 2, 3"),
@@ -2425,7 +2380,10 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
 
 
 def make_parser(doc, flags):
-    """A parser of a table like FLAGS; a wrong value is a ValueError of one line."""
+    """A parser of a table like FLAGS; a wrong value is a ValueError of one line.
+
+    A default that is a list takes several values; one that is None is not shown by --help.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     for name, (kind, default, text) in flags.items():
         more = {"action": "store_true"} if kind is bool else {
@@ -2449,6 +2407,7 @@ def parse_args(argv):
         args.out, args.tokens, args.length, args.lr = "tiny_run", 300_000, 128, 1e-2
         shutil.rmtree(args.out, ignore_errors=True)
         return args
+    require(N == 1 or not args.choose_layers, "--choose-layers runs in one process")
     require(N == 1 or args.batch % (2 * N) == 0, f"--batch {args.batch} is no multiple of twice "
             f"the {N} processes")
     for kind in JSONL_ROWS:
@@ -2463,20 +2422,6 @@ def parse_args(argv):
     return args
 
 
-def load_teacher(name, device):
-    """A pretrained decoder and its chat; ValueError in one line where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        teacher, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
-    missing = sorted(found["missing_keys"])
-    require(not missing, f"the teacher {name} lacks {len(missing)} tensors, first {missing[:1]}")
-    return teacher.to(device).eval(), Chat(tokenizer)
-
-
 def attention_layers(share, L):
     """round(share L) of L layers, evenly spaced: the last of each equal part. -> indices"""
     require(0 <= share <= 1, f"attention share {share} is outside 0..1")
@@ -2484,108 +2429,143 @@ def attention_layers(share, L):
     return [math.ceil((i + 1) * L / n) - 1 for i in range(n)]
 
 
-class Story:
-    """One student from conversion to stage 3: each stage is evaluated and enters the table; a
-    resumed run skips the stages it finds there."""
+def start_processes():
+    """Under torchrun: join the others and let rank 0 alone print. -> this process's device"""
+    cuda = torch.cuda.is_available()
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a day: the others wait while rank 0 samples the data
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        if world()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
+    return torch.device("cuda" if cuda else "cpu")
 
-    def __init__(self, teacher, data, args, progress, mixer):
-        # the original, to convert from, and what training and evaluation call
-        self.original, self.teacher = teacher, shard(copy.deepcopy(teacher.cpu())
-                                                     if world()[1] > 1 else teacher)
-        self.data, self.args, self.progress, self.mixer = data, args, progress, mixer
-        self.student, self.rows = None, progress.state["rows"]
 
-    def tell(self):
-        """All of it. -> student, rows of the table"""
-        last = self.args.attention
-        plan = [(last, STAGES)]                     # attention share, stages at it
-        if self.args.choose_layers:
-            plan = [(0.0, STAGES[:1]), (last, STAGES[1:])]
-        while self.args.stepwise and plan[0][0] < 0.5:      # 0.5, 0.25, 0.125; 0.25 before 0
-            plan.insert(0, (min(0.5, 2 * plan[0][0] or 0.25), STAGES[:3]))
-        for share, stages in plan:
-            at = f" at {share:.0%}" if len(plan) > 1 else ""
-            self.convert(share, "converted" + at)
-            for stage in stages:
-                self.stage(stage, stage + at, len(plan) if self.args.stepwise else 1)
-        if self.args.shares[3]:
-            print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
-                *(row["reward_accuracy"] for row in self.rows[-2:])))
-        return self.student, self.rows
+def prepare(args, device):
+    """The real teacher, its chat, and its data: made by rank 0, once, kept in --out.
 
-    def convert(self, share, title):
-        """The student for this share; of an earlier one it keeps what is distilled."""
-        start, L, saved = time.monotonic(), len(self.original.model.layers), self.progress.state
-        older = self.student and whole_state(self.student)
-        keep, S = attention_layers(share, L), self.student
-        if saved.get("share") == share:             # resumed
-            keep, older = saved["keep"], saved
-        elif self.args.tiny:                        # six steps are enough to tell layers apart
-            keep = self.best_layers(self.new_student([]), len(keep), align=6)
-        elif S is not None and self.args.choose_layers:
-            keep = self.best_layers(S, len(keep))
-        print(f"{self.mixer}: attention stays in layers {keep} of 0..{L - 1}", flush=True)
-        self.student = self.new_student(keep)
-        if older:
-            load_whole_state(older, self.student)
-        saved.update(share=share, keep=keep)
-        self.report(title, start, [])
+    ValueError in one line where there is no such teacher, or one that cannot be converted.
 
-    def new_student(self, keep):
-        """Algorithm 1, by the flags."""
-        return shard(convert_to_hybrid(self.original, keep, self.mixer, self.args.recipe,
-                                       self.args.d_state).float())
+    -> teacher, Chat, Data
+    """
+    name, cached = args.teacher, os.path.join(args.out, "data.pt")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        teacher, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the teacher {name}: {str(error).splitlines()[0]}") from None
+    missing, context = sorted(found["missing_keys"]), teacher.config.max_position_embeddings
+    require(not missing, f"the teacher {name} lacks {len(missing)} tensors, first {missing[:1]}")
+    teacher, chat = teacher.to(device).eval(), Chat(tokenizer)
+    check_teacher(teacher, args.d_state)            # complain before an hour of sampling
+    require(args.length <= context, f"--length {args.length} exceeds the context of {context}")
+    over_processes(0)                               # all have looked at --out by now
+    if world()[0] == 0 and not os.path.exists(cached):
+        write_whole(vars(real_data(teacher, chat, args)), cached)
+    over_processes(0)                               # and now the file is there
+    return teacher, chat, Data(**torch.load(cached))
 
-    def best_layers(self, S, n, align=0):
-        """The n layers to keep, by the scores of S, a student without attention. -> indices"""
-        few = self.args.eval_rows if torch.cuda.is_available() else min(6, self.args.eval_rows)
-        rows = [v[:few] for v in self.data.train]       # SmolLM2 on a CPU: 100 times 2 s
-        align_mixers(S, self.teacher, self.data.train[0], align, lr=self.args.lr)
-        keep, scores = choose_layers(S, self.teacher, n, *rows)
-        print("KL that attention regains, by layer: " + " ".join(f"{s:.3f}" for s in scores))
-        return keep
 
-    def stage(self, stage, title, parts):
-        """Run one stage with its share of the budget / parts, unless done; then evaluate."""
-        start, data, args, S, T = (time.monotonic(), self.data, self.args, self.student,
-                                   self.teacher)
-        if any(row["stage"] == title for row in self.rows):
-            return
-        share, rate = (v[STAGES.index(stage)] for v in (args.shares, args.rates))
-        if share == 0:
-            return
-        batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch
-        steps = max(1, round(args.tokens * share / parts / batch / data.train[0].shape[1]))
-        seconds = args.minutes and 60 * args.minutes * share / parts
-        budget = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, lr=args.lr * rate,
-                      batch_size=batch, progress=self.progress)
-        if stage == "alignment":
-            history = align_mixers(S, T, data.train[0], **budget)
-        elif stage == "stage 3":
-            history = dpo(S, T, *data.pairs, beta=args.dpo_beta, **budget)
+def plan(args):
+    """What a run does, in order. -> (title of its row, attention share, stage, budget) each
+
+    --stepwise halves the attention, distilling each time (0.5, 0.25, 0.125; before 0: 0.25), with
+    equal shares of the budget; --choose-layers first aligns a student without any attention, to
+    tell layers apart. A stage without a share of the budget is left out.
+    """
+    shares = [args.attention]
+    while args.stepwise and shares[0] < 0.5:
+        shares.insert(0, min(0.5, 2 * shares[0] or 0.25))
+    parts = [(share, STAGES[:3]) for share in shares[:-1]] + [(args.attention, STAGES)]
+    if args.choose_layers:
+        parts = [(0.0, STAGES[:1]), (args.attention, STAGES[1:])]
+    budget = {"converted": 1, **{k: v / len(shares) for k, v in zip(STAGES, args.shares)}}
+    return [(stage + (f" at {share:.0%}" if len(parts) > 1 else ""), share, stage, budget[stage])
+            for share, stages in parts for stage in ("converted", *stages) if budget[stage]]
+
+
+def train_stage(stage, budget, student, teacher, data, args, progress):
+    """One stage, with its share of the run's tokens or minutes.
+
+    Stage 2 is fine-tuning: people's answers where there are any, else the pseudo-labels again, with
+    everything trainable. Stage 3 is DPO.
+
+    -> list of (step, loss)
+    """
+    batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch     # pairs: two rows each
+    seconds = args.minutes and 60 * args.minutes * budget
+    steps = max(1, round(args.tokens * budget / batch / data.train[0].shape[1]))
+    options = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, batch_size=batch,
+                   lr=args.lr * args.rates[STAGES.index(stage)], progress=progress)
+    if stage == "alignment":
+        return align_mixers(student, teacher, data.train[0], **options)
+    if stage == "stage 3":
+        return dpo(student, teacher, *data.pairs, beta=args.dpo_beta, **options)
+    answers = data.sft if stage == "stage 2" and data.sft else data.train
+    return distil(stage, student, teacher, *answers, alpha=args.alpha, beta=args.beta,
+                  only_mixers=stage == "stage 1", **options)
+
+
+def story(original, data, args, progress, mixer):
+    """One student from conversion to stage 3, judged after each step of the `plan`.
+
+    A resumed run takes the student up as it was saved and skips the steps that have their rows.
+
+    original: the teacher to convert from (`teacher`, which runs beside the student, may be sharded)
+
+    -> student, rows of the table
+    """
+    def convert(keep, state=None):
+        """Algorithm 1, by the flags; from `state` what is distilled already."""
+        student = shard(convert_to_hybrid(original, keep, mixer, args.recipe, args.d_state).float())
+        if state:
+            load_whole_state(state, student)
+        return student
+
+    teacher = shard(copy.deepcopy(original.cpu()) if world()[1] > 1 else original)
+    saved, L, cuda = progress.state, len(original.model.layers), original.device.type == "cuda"
+    stays = f"{mixer}: attention stays in layers %s of 0..{L - 1}"
+    rows, student = saved["rows"], None
+    if "keep" in saved:
+        print(stays % saved["keep"])
+        student = convert(saved["keep"], saved)
+    for title, share, stage, budget in plan(args):
+        if any(row["stage"] == title for row in rows):
+            continue
+        start, history = time.monotonic(), []
+        if stage == "converted":
+            keep = attention_layers(share, L)
+            if keep and (args.tiny or args.choose_layers):
+                scout = student or convert([])      # six steps are enough to tell layers apart
+                align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)
+                few = args.eval_rows if cuda else min(6, args.eval_rows)    # SmolLM2: 100 x 2 s
+                keep, scores = choose_layers(scout, teacher, len(keep),
+                                             *(v[:few] for v in data.train))
+                print("KL that attention regains, by layer:", *(f"{s:.3f}" for s in scores))
+            print(stays % keep, flush=True)
+            student = convert(keep, student and whole_state(student))
+            saved["keep"] = keep
         else:
-            answers = data.sft if stage == "stage 2" and data.sft else data.train
-            history = distil(stage, S, T, *answers, alpha=args.alpha, beta=args.beta,
-                             only_mixers=stage == "stage 1", **budget)
-        self.report(title, start, history)
-
-    def report(self, title, start, history):
-        """Evaluate, add a row to the table, and so mark the stage as done, on disk."""
-        if any(row["stage"] == title for row in self.rows):
-            return
-        S, T, n = self.student, self.teacher, self.args.eval_rows
+            history = train_stage(stage, budget, student, teacher, data, args, progress)
         row = {"stage": title, "seconds": time.monotonic() - start, "steps": len(history),
-               "losses": [loss for _, loss in history[::len(history) // 500 + 1]]}
-        for prefix, pair in (("", self.data.heldout), ("human_", self.data.human)):
-            if pair:
-                got = evaluate(S, T, pair[0][:n], labels=pair[1][:n])
-                row.update({prefix + k: v for k, v in got.items()})
-        row["reward_accuracy"] = reward_accuracy(S, T, *(
-            [v[:n] for v in side] for side in self.data.judge))
+               "losses": [loss for _, loss in history[::len(history) // 500 + 1]],
+               **evaluate(student, teacher, data.heldout[0], labels=data.heldout[1])}
+        if data.human:
+            human = evaluate(student, teacher, data.human[0], labels=data.human[1])
+            row.update({f"human_{key}": value for key, value in human.items()})
+        row["reward_accuracy"] = reward_accuracy(student, teacher, *data.judge)
         print(f"  {title:<16} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
               f"{row['agreement']:6.1%}   {row['seconds']:6.1f} s", flush=True)
-        self.rows.append(row)
-        self.progress.write(S, stage=None)
+        rows.append(row)
+        progress.write(student, stage=None)         # this step is done, on disk
+    if args.shares[3]:
+        print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
+            *(row["reward_accuracy"] for row in rows[-2:])))
+    return student, rows
 
 
 def save(model, chat, folder):
@@ -2594,28 +2574,24 @@ def save(model, chat, folder):
     chat.tokenizer.save_pretrained(folder)
 
 
-def show_and_save(student, teacher, chat, data, n, folder):
+def show_and_save(student, teacher, chat, data, folder, device):
     """Greedy answers side by side, the saved directory, and the proof that it reloads; by rank 0.
 
-    -> `greedy_agreement` on up to n held-out prompts
+    -> `greedy_agreement` on up to 200 held-out prompts
     """
-    device = student.get_input_embeddings().weight.device
-    if world()[1] > 1:
-        state = whole_state(student)["student"]
-        student = HybridForCausalLM(student.config)
+    if world()[1] > 1:                              # out of its shards again
+        state, student = whole_state(student)["student"], HybridForCausalLM(student.config)
         if world()[0] > 0:
             return None
         student.load_state_dict(state)
-    student.generation_config = teacher.generation_config
-    models, decoded = {"teacher": teacher.to(device), "student": student.to(device)}, [
-        chat.tokenizer.decode(ids) for ids in data.questions]
+        student.generation_config = teacher.generation_config
+    models = {"teacher": teacher.to(device), "student": student.to(device)}
     answers = [sample(m, data.questions, 48, chat.end, top_k=1) for m in models.values()]
-    for question, *both in zip(decoded, *answers):
-        print("\nprompt  :", question)
+    for question, *both in zip(data.questions, *answers):
+        print("\nprompt  :", chat.tokenizer.decode(question))
         for name, ids in zip(models, both):
             print(f"{name:<8}:", chat.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    prompts = first_answers(*data.heldout)[0][:n]
-    greedy = greedy_agreement(student, teacher, prompts, chat.end)
+    greedy = greedy_agreement(student, teacher, prompts_of(*data.heldout)[:200], chat.end)
     print("\ngreedy answers of 32 tokens to {prompts} held-out prompts: the first "
           "{common_prefix:.1f} tokens agree, {identical:.0%} are identical".format(**greedy))
     save(student, chat, folder)
@@ -2638,60 +2614,33 @@ def print_tables(tables, times):
     print("time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))
 
 
-def start_processes():
-    """Under torchrun: join the others and let rank 0 alone print. -> this process's device"""
-    cuda = torch.cuda.is_available()
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # a day: the others wait while rank 0 samples the data
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(days=1))
-        if world()[0] > 0:
-            sys.stdout = open(os.devnull, "w")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def prepare(args, progress, device):
-    """The real teacher, its chat, and its data: made by rank 0, once, kept in --out.
-
-    -> teacher, Chat, Data
-    """
-    cached, (teacher, chat) = os.path.join(args.out, "data.pt"), load_teacher(args.teacher, device)
-    check_teacher(teacher, args.d_state)            # complain before an hour of sampling
-    context = teacher.config.max_position_embeddings
-    require(args.length <= context, f"--length {args.length} is longer than the teacher's "
-            f"context of {context}")
-    over_processes(0)                               # all have looked at --out by now
-    if world()[0] == 0 and not os.path.exists(cached):
-        write_whole(vars(real_data(teacher, chat, args)), cached)
-    over_processes(0)                               # and now the file is there
-    return teacher, chat, Data(**torch.load(cached))
-
-
 def main(argv=None):
-    """Run the command line. -> the report that --json writes"""
-    start, device = time.monotonic(), start_processes()
-    args, progress = parse_args(argv), None
+    """Run the command line: data, then a story for each mixer, then one table of all.
+
+    -> the report that --json writes
+    """
+    start, device, args = time.monotonic(), start_processes(), parse_args(argv)
+    progress = Progress(None if args.tiny else args.out, args.save_every, args.resume)
     torch.manual_seed(args.seed)
     if args.tiny:
         teacher, chat, data = tiny_data(args)
         save(teacher, chat, os.path.join(args.out, "teacher"))
     else:
-        progress = Progress(args.out, args.save_every, args.resume)
-        teacher, chat, data = prepare(args, progress, device)
+        teacher, chat, data = prepare(args, device)
+    data.heldout, data.human = (part and tuple(v[:args.eval_rows] for v in part)
+                                for part in (data.heldout, data.human))
     if data.pairs is None:
-        data.pairs, data.judge = (preference_pairs(chat, *(v[:n] for v in part), args.length)
-                                  for part, n in ((data.train, args.pairs),
-                                                  (data.heldout, args.eval_rows)))
+        data.pairs, data.judge = (preference_pairs(chat, *part, args.length) for part in (
+            [v[:args.pairs] for v in data.train], data.heldout))
+    data.judge = [[v[:args.eval_rows] for v in side] for side in data.judge]
     tables, greedy, times = {}, {}, {"teacher and data": time.monotonic() - start}
     for mixer in ["mamba2", "mamba"] if args.tiny else [args.mixer]:
-        start = time.monotonic()
-        if args.tiny and mixer == "mamba":
-            args.d_state = 16                       # the authors' choice; half the time here
-        student, tables[mixer] = Story(teacher, data, args, progress or Progress(), mixer).tell()
-        greedy[mixer] = show_and_save(student, teacher, chat, data, min(200, args.eval_rows),
-                                      os.path.join(args.out, mixer) if args.tiny else args.out)
+        start, folder = time.monotonic(), args.out
+        if args.tiny:
+            progress, folder = Progress(), os.path.join(args.out, mixer)    # nothing to resume
+            args.d_state = 16 if mixer == "mamba" else args.d_state     # the authors' choice
+        student, tables[mixer] = story(teacher, data, args, progress, mixer)
+        greedy[mixer] = show_and_save(student, teacher, chat, data, folder, device)
         times[mixer] = time.monotonic() - start
     print_tables(tables, times)
     result = {"tables": tables, "greedy": greedy, "seconds": times, "args": vars(args),

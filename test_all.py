@@ -100,7 +100,7 @@ def make_teacher(kind="llama", layers=4, kv=2, tied=False, dtype=torch.float64, 
 def randomize(student, seed=0):
     """Move every mixer parameter off its special start (identity conv, open gate, no bias)."""
     torch.manual_seed(seed)
-    for p in M.mixer_parameters(student):
+    for p in [p for mixer in student.mixers().values() for p in mixer.parameters()]:
         p.add_(0.1 * torch.randn_like(p))
     return student
 
@@ -1008,41 +1008,37 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(bad, tmp_path, s
     student = make_student([1], layers=2, dtype=torch.float32)
     progress, tokens, seen = M.Progress(str(tmp_path), every=0), draw(2, 8), {}
 
-    def loss_of_step(step):
+    def loss_of_rows(mine, rows):
         loss = student(tokens, labels=tokens).loss
-        if step == 2:
+        if len(progress.state.get("history", [])) == 2:
             seen.update(parameters_of(student), file=(tmp_path / "progress.pt").read_bytes())
             loss = loss * bad
         return loss
 
     with pytest.raises(FloatingPointError, match="step 3") as caught:
-        M.train("stage 2", student, list(student.parameters()), loss_of_step, 5, 1e-3,
+        M.train("stage 2", student, student, loss_of_rows, tokens, 5, 2, 1e-3,
                 progress=progress)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "progress.pt").read_bytes() == seen.pop("file")
     assert same(seen, parameters_of(student)), "the step with the bad loss was taken"
     saved = torch.load(tmp_path / "progress.pt", weights_only=True)
-    assert same(seen, saved["student"]) and saved["step"] == 2
+    assert same(seen, saved["student"]) and len(saved["history"]) == 2
 
 
-def test_train_stops_after_its_seconds():
+@pytest.mark.parametrize("compiling, least", [(0, 2), (0.6, 3)])
+def test_train_stops_after_its_seconds_without_the_first_step(compiling, least):
+    """The first step compiles, for longer than the whole run may take, and is not counted."""
     student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(2, 8)
-    start = time.monotonic()
-    history = M.train("timed", student, list(student.parameters()),
-                      lambda _: student(tokens, labels=tokens).loss, 10 ** 9, 1e-3, seconds=0.5)
-    assert 0.4 < time.monotonic() - start < 5 and len(history) >= 2
+    pause = [compiling]
 
-
-def test_the_first_step_compiles_and_is_not_counted():
-    student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(2, 8)
-
-    def loss_of_step(step):
-        time.sleep(0.6 if step == 0 else 0)
+    def loss_of_rows(mine, rows):
+        time.sleep(pause.pop() if pause else 0)
         return student(tokens, labels=tokens).loss
 
-    history = M.train("timed", student, list(student.parameters()), loss_of_step, 10 ** 9, 1e-3,
+    start = time.monotonic()
+    history = M.train("timed", student, student, loss_of_rows, tokens, 10 ** 9, 2, 1e-3,
                       seconds=0.5)
-    assert len(history) >= 3
+    assert 0.4 < time.monotonic() - start < 5 and len(history) >= least
 
 
 @pytest.fixture(scope="session")
@@ -1148,6 +1144,7 @@ def process_of(rank, argv, step, meet):
             terminate_in_step(step, patch)
         with pytest.raises(SystemExit) as stopped:
             M.main(argv)
+    torch.distributed.destroy_process_group()       # gloo's threads must not outlive the process
     assert stopped.value.code == 3
 
 
@@ -1493,6 +1490,14 @@ def test_command_line_errors_are_one_line_and_exit_code_2(name, world, tmp_path,
     assert lines[0].startswith("error: ") and re.search(line, lines[0])
 
 
+@pytest.mark.parametrize("flags, line", [(["--choose-layers"], "--choose-layers runs in one"),
+                                         (["--batch", "6"], "--batch 6 is no multiple of twice")])
+def test_flags_that_do_not_go_with_two_processes(flags, line, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "world", lambda: (0, 2))
+    with pytest.raises(ValueError, match=line):
+        M.parse_args(command(world, tmp_path / "out", *flags, tokens_file="npz"))
+
+
 # ---------------------------------------------------------------------------------------------
 # 11. The command line as a user types it.
 # ---------------------------------------------------------------------------------------------
@@ -1626,8 +1631,9 @@ def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
     """--tiny itself, with a teacher of few steps, few questions and two steps per stage."""
     train, tiny_teacher, tiny_world = M.train, M.tiny_teacher, M.tiny_world
 
-    def short(name, student, parameters, loss_of_step, steps, lr, **options):
-        return train(name, student, parameters, loss_of_step, min(steps, 2), lr, **options)
+    def short(name, student, teacher, loss_of_rows, tokens, steps, *rest, **options):
+        return train(name, student, teacher, loss_of_rows, tokens, min(steps, 2), *rest,
+                     **options)
 
     monkeypatch.setattr(M, "train", short)
     monkeypatch.setattr(M, "tiny_teacher", lambda v, t, **k: tiny_teacher(v, t, steps=3))
