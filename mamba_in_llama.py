@@ -1522,8 +1522,10 @@ def token_losses(student_logits, teacher_logits, targets):
 def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.1):
     """Eq. 2: alpha * CE on the pseudo-labels + beta * KL[p_T || p_S], mean over labelled tokens.
 
-    labels as transformers has them (shifted inside, -100 ignored); 0 if there are none. The
-    authors' code sums the KL over all positions, padding too; here both are per labelled token.
+    The readable form; training never holds all logits (`chunked_token_losses`). labels as
+    transformers has them (shifted inside, -100 ignored); 0 if there are none. The authors' code
+    sums the KL over all positions, padding too; here both are per labelled token. The defaults are
+    the paper's; the command line's are what worked better (README: 1.191 against 1.225).
 
     logits (b,l,V)  labels (b,l) -> loss (), {"ce", "kl", "tokens"}
     """
@@ -1539,7 +1541,7 @@ def n_labelled(labels):
 
 
 def equation_2(ce, kl, labels, alpha, beta):
-    """The mean over labelled tokens of alpha ce + beta kl, any shape -> loss (), parts"""
+    """Eq. 2: the mean over labelled tokens of alpha ce + beta kl, any shape -> loss (), parts"""
     n = n_labelled(labels)
     ce, kl = ce.sum() / max(n, 1), kl.sum() / max(n, 1)
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
@@ -1687,9 +1689,10 @@ def reward_accuracy(student, teacher, chosen, rejected, batch_size=8):
 
 
 def greedy_agreement(student, teacher, prompts, end=None, n=32):
-    """Likelihood flatters, so: greedy answers of n tokens to `prompts` (lists of ids), compared.
+    """Greedy answers of n tokens, compared: stricter than likelihood, as differences add up.
 
-    -> {"common_prefix": mean number of tokens until they part, "identical": share of answers}
+    prompts: lists of ids -> {"common_prefix": mean number of tokens until the two part,
+    "identical": share of answers, "prompts": how many}
     """
     pairs = list(zip(*(sample(m, prompts, n, end, top_k=1) for m in (student, teacher))))
     lengths = [len(os.path.commonprefix(pair)) for pair in pairs]
@@ -1702,9 +1705,9 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
     """Which n layers should stay attention: those that regain the most, a few in each round.
 
     student: aligned mixers in every layer. Layer i's score is how much the KL to the teacher falls
-    when attention i stands in for mixer i (2512.20569), beside those restored in earlier rounds:
-    of SmolLM2's 30 layers 15 chosen so leave a KL of 0.158, in one round 0.183, evenly spaced
-    ones 0.292 (before any training).
+    when attention i replaces mixer i (arXiv 2512.20569), given the layers restored in earlier
+    rounds. SmolLM2, 15 of 30 layers, KL after 150 steps of alignment: 0.158 in five rounds, 0.183
+    in one, 0.292 evenly spaced (README).
 
     tokens, labels (m,l) -> the layers in order, the first round's scores in nats per token
     """
@@ -1976,6 +1979,8 @@ def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
     """Stage 0: every mixer learns the teacher's attention output from the teacher's input.
 
+    Why first: nothing stands between a mixer and its target, so every layer has its own error,
+    and a step needs no second network: SmolLM2's ratio falls from 22513 to 1.5 in 48 s (README).
     All layers at once, the teacher runs once per step and the student's trunk not at all; the
     loss is the mean over layers of |mixer - attention|^2 / |attention|^2. options: see `train`.
 
@@ -1998,6 +2003,7 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
             y = mixer(u, position_embeddings=rope)[0].float()                           # (b,l,D)
             error.append((y - wanted).pow(2).sum())
             power.append(wanted.float().pow(2).sum())
+        # times N: FSDP averages gradients over the processes, and this is my share of a sum
         return (torch.stack(error) / over_processes(torch.stack(power))).mean() * world()[1]
 
     if not mixers or steps == 0:
@@ -2152,7 +2158,8 @@ def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50,
 
     -> list of lists of ids, without the prompts
     """
-    generate = __import__("spec_decode").generate   # see the end of this file for the reason
+    # no import statement: transformers would demand spec_decode of whoever loads a saved model
+    generate = __import__("spec_decode").generate
     draw = torch.Generator(model.device).manual_seed(seed)
     bar = progress_bar(None, name, total=len(prompts) * n_new, unit="token", unit_scale=True)
     answers = []
@@ -2342,7 +2349,8 @@ def numbers(text):
 COUNT, AMOUNT = (checked(kind, lambda v: v > 0, "above 0") for kind in (int, float))
 SHARE = checked(float, lambda v: 0 <= v <= 1, "in 0..1")
 FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
-    "tiny": (bool, False, "the whole story at toy size, in ./tiny_run"),
+    "tiny": (bool, False, "the whole story at toy size; replaces ./tiny_run and fixes --out, "
+             "--tokens, --length, --lr and --mixer"),
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
     "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
@@ -2368,8 +2376,8 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "pairs": (COUNT, 256, "preference pairs made where no file is given"),
     "eval-rows": (COUNT, 32, "held-out rows, and pairs, per evaluation"),
     "lr": (AMOUNT, 2e-3, "learning rate of the alignment; the stages take shares of it"),
-    "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2"),
-    "beta": (float, 1.0, "weight of the KL in Eq. 2"),
+    "alpha": (float, 0.1, "weight of the cross-entropy in Eq. 2 (the paper has 1)"),
+    "beta": (float, 1.0, "weight of the KL in Eq. 2 (the paper has 0.1)"),
     "dpo-beta": (float, 0.1, "beta of Eq. 4"),
     "stepwise": (bool, False, "halve the attention step by step, distilling at each"),
     "resume": (bool, False, "go on where the run in --out was interrupted"),
@@ -2542,7 +2550,7 @@ def story(original, data, args, progress, mixer):
             if keep and (args.tiny or args.choose_layers):
                 scout = student or convert([])      # six steps are enough to tell layers apart
                 align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)
-                few = args.eval_rows if cuda else min(6, args.eval_rows)    # SmolLM2: 100 x 2 s
+                few = args.eval_rows if cuda else min(6, args.eval_rows)    # of 100 looks 2 s each
                 keep, scores = choose_layers(scout, teacher, len(keep),
                                              *(v[:few] for v in data.train))
                 print("KL that attention regains, by layer:", *(f"{s:.3f}" for s in scores))
