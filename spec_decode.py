@@ -25,32 +25,28 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 import copy
 import json
 import os
+import random
 import sys
 import time
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers.utils import cached_file
+from torch.utils.benchmark import timer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.utils import has_file
 
-import mamba_in_llama
-from mamba_in_llama import (
-    COUNT,
-    SHARE,
-    AttentionState,
-    MixerCache,
-    checked,
-    in_eights,
-    make_parser,
-    require,
-)
+import mamba_in_llama as M
+from mamba_in_llama import AttentionState, MixerCache, in_eights, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -183,15 +179,13 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     for i, p in enumerate(prompts):
         require(p.ndim == 1 and len(p) > 0, f"prompt {i} of shape {tuple(p.shape)} is empty or not "
                 "a row of token ids")
-        bad = [int(v) for v in p.aminmax() if not 0 <= v < vocab]
-        require(not bad, f"prompt {i} holds token {bad and bad[-1]}, outside the target's "
-                f"vocabulary of {vocab}")
     ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
     require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
             f"vocabulary of {vocab}")
-    length = torch.tensor([len(p) for p in prompts])
-    padded, mask = (pad_sequence(v, batch_first=True, padding_side="left") for v in (
-        prompts, [torch.ones_like(p) for p in prompts]))
+    length = torch.tensor([len(p) for p in prompts])                            # (b,)
+    padded = pad_sequence(prompts, batch_first=True, padding_side="left")       # (b,l)
+    M.check_vocabulary(target, padded)
+    mask = (torch.arange(-padded.shape[1], 0) >= -length[:, None]).long()       # (b,l)
     # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
     tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, max_new_tokens + 2 * lookahead + 2))
     rows = Rows(*(v.to(device) for v in (
@@ -212,7 +206,7 @@ class Decoder:
         b, width = rows.tokens.shape
         self.cache = MixerCache.allocate(model, b, width, ring)
         self._prefill, self._decode = (
-            getattr(model, name, partial(getattr(mamba_in_llama, name), model))
+            getattr(model, name, partial(getattr(M, name), model))
             for name in ("prefill", "decode"))
         context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
@@ -591,68 +585,62 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
 # 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
 # ---------------------------------------------------------------------------------------------
 
-# their names inside `mamba.` where they differ from ours inside `self_attn.`; five matrices of
-# their Mamba are rows of our in_proj
-RENAMED = {"norm.weight": "norm_weight", "dt_proj.bias": "dt_bias"}
-IN_PROJ = {"in_proj_z.weight": "z", "in_proj_x.weight": "x", "B_proj.weight": "B",
-           "C_proj.weight": "C", "dt_proj_down.weight": "dt"}
+# Our tensors inside `self_attn.` and those inside their `mamba.` that they are made of, where it
+# is not one of the same name. Their projections have no biases; what their Mamba2 reads with one
+# matrix, their Mamba reads with five: the rows of our in_proj, in this order.
+NO_BIASES = {"in_proj.bias": (), "out_proj.bias": ()}
+MADE_OF = {"mamba2": {"norm_weight": ("norm.weight",), **NO_BIASES},
+           "mamba": {"in_proj.weight": ("in_proj_z.weight", "in_proj_x.weight", "B_proj.weight",
+                                        "C_proj.weight", "dt_proj_down.weight"),
+                     "dt_bias": ("dt_proj.bias",), **NO_BIASES}}
 
 
 def checkpoint_tensors(folder):
-    """(name, tensor) of every safetensors or .bin file of a directory, mapped, not read."""
-    names = sorted(os.listdir(folder))
-    files = [n for n in names if n.endswith(".safetensors")] or [
-        n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
-    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
-    for path in (os.path.join(folder, name) for name in files):
-        if path.endswith(".bin"):
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
-        else:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    yield key, file.get_tensor(key)
-
-
-def hybrid_config(fields, attn_layers, recipe, **switches):
-    """A HybridConfig around the fields of a teacher's config."""
-    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
-    return mamba_in_llama.HybridConfig(
-        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
-        attn_layers=attn_layers, recipe=recipe, **{**mamba_in_llama.RECIPES[recipe], **switches})
+    """{name: tensor} of every safetensors or .bin file of a directory, mapped, not read."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    tensors = dict(chain(*(load_file(path).items() for path in files)))
+    for path in [] if files else sorted(Path(folder).glob("pytorch_model*.bin")):
+        tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    require(tensors, f"{folder} holds neither safetensors nor pytorch_model.bin")
+    return tensors
 
 
 def authors_config(folder):
-    """config.json (the teacher's) and mamba_config.json as one HybridConfig."""
-    read = []
+    """config.json (the teacher's) and mamba_config.json. -> config, arguments of `hollow_hybrid`"""
     for name in "config.json", "mamba_config.json":
-        path = os.path.join(folder, name)
-        require(os.path.isfile(path), f"{folder} has no {name}: not in the format of the authors' "
-                "checkpoints")
-        with open(path) as file:
-            read.append(json.load(file))
-    (fields, theirs), heads = read, read[0]["num_attention_heads"]
-    ssm = theirs.get("ssm_cfg") or {}
-    mamba = not ("ngroups" in ssm or ssm.get("layer") == "Mamba2")
-    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-    for name, ours, unit in (("d_xb", fields.get("num_key_value_heads", heads) * head_dim, "K/V"),
-                             ("d_inner", heads * head_dim, "query")):
+        require(Path(folder, name).is_file(), f"{folder} has no {name}: not in the format of the "
+                "authors' checkpoints")
+    config = AutoConfig.from_pretrained(folder)
+    theirs = json.loads(Path(folder, "mamba_config.json").read_text())
+    ssm, heads = theirs.get("ssm_cfg") or {}, config.num_attention_heads
+    mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    widths = {"d_xb": config.num_key_value_heads * head_dim, "d_inner": heads * head_dim}
+    for name, ours in widths.items():
         require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
-                f"but the {unit} heads of config.json make {ours}")
-    return hybrid_config(fields, sorted(theirs["attn_layers"]), "paper", norm=not mamba,
-                         mixer="mamba" if mamba else "mamba2", group_by_state=mamba,
-                         d_state=ssm.get("d_state", 16 if mamba else head_dim),
-                         d_conv=ssm.get("d_conv", 4))
+                f"but the heads of config.json make {ours}")
+    return config, dict(attn_layers=theirs["attn_layers"], mixer="mamba2" if mamba2 else "mamba",
+                        recipe="paper", d_state=ssm.get("d_state", head_dim if mamba2 else 16),
+                        d_conv=ssm.get("d_conv", 4), group_by_state=not mamba2)
 
 
-def our_place(model, key):
-    """Where a tensor of theirs belongs in `model`. -> our name, first row (all rows follow)"""
-    prefix, mamba, theirs = key.rpartition("mamba.")
-    if not mamba:
-        return key, 0
-    if theirs in IN_PROJ:
-        rows = model.get_submodule(prefix + "self_attn").rows[IN_PROJ[theirs]]
-        return f"{prefix}self_attn.in_proj.weight", rows.start
-    return f"{prefix}self_attn.{RENAMED.get(theirs, theirs)}", 0
+def hollow_hybrid(config, dtype, *layout, **switches):
+    """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
+
+    layout, switches: its other arguments. RoPE's frequencies are real, since no file holds them.
+    """
+    with torch.device("meta"):
+        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = M.convert_to_hybrid(teacher, *layout, **switches)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)
+    return model.eval()
+
+
+def fill(model, tensors):
+    """Give a hollow model its parameters, {name: tensor}, as they are: nothing is copied."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model
 
 
 @torch.no_grad()
@@ -670,40 +658,34 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
             folder = snapshot_download(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
-    config, dtype = authors_config(folder), dtype or torch.bfloat16
-    with torch.device("meta"):
-        model = mamba_in_llama.HybridForCausalLM(config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
-    wanted, found = dict(model.named_parameters()), {}      # found: {our name: {first row: tensor}}
-    for key, tensor in checkpoint_tensors(folder):
-        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
-            continue
-        name, row = our_place(model, key)
-        require(name in wanted, f"{key}: unknown tensor of a {config.mixer} checkpoint")
-        wide = name.rpartition(".")[2] in model._keep_in_fp32_modules_strict
-        tensor = 2 * tensor if key.endswith("dt_proj.bias") else tensor
-        found.setdefault(name, {})[row] = tensor.to(
-            torch.promote_types(dtype, torch.float32) if wide else dtype)
-    for i in model.mixers():                        # the authors' projections have no biases
-        for name in "in_proj.bias", "out_proj.bias":
-            name = f"model.layers.{i}.self_attn.{name}"
-            found[name] = {0: torch.zeros(wanted[name].shape, dtype=dtype)}
-    lacking, state = sorted(wanted.keys() - found), {}
+    (config, layout), theirs, ours = authors_config(folder), checkpoint_tensors(folder), {}
+    model = hollow_hybrid(config, dtype or torch.bfloat16, **layout)
+    parts = {name: [name] for name, _ in model.named_parameters()}      # {ours: theirs}
+    for i, mixer in model.mixers().items():
+        layer, made_of = f"model.layers.{i}.", MADE_OF[layout["mixer"]]
+        parts |= {f"{layer}self_attn.{name}": [
+            f"{layer}mamba.{part}" for part in made_of.get(name, [name])]
+            for name, _ in mixer.named_parameters()}
+    wanted = set(chain(*parts.values()))
+    lacking, unknown = sorted(wanted - theirs.keys()), [
+        name for name in theirs.keys() - wanted - {"lm_head.weight"} if "rotary_emb" not in name]
     require(not lacking, f"{folder} lacks {len(lacking)} tensors, e.g. {lacking[:1]}")
-    for name, ours in wanted.items():
-        parts = [tensor for _, tensor in sorted(found.pop(name).items())]
-        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        require(state[name].shape == ours.shape, f"{folder}: {name} has shape "
-                f"{tuple(state[name].shape)}, but {tuple(ours.shape)} is needed")
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
+    for name, p in model.named_parameters():
+        tensors = [theirs[part] for part in parts[name]] or [torch.zeros(p.shape)]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
+                f"but {tuple(p.shape)} is needed")
+        twice = layout["mixer"] == "mamba" and name.endswith("dt_bias")
+        ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
+    return fill(model, ours)
 
 
 # ---------------------------------------------------------------------------------------------
 # 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
 # ---------------------------------------------------------------------------------------------
 
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}      # what models decode in, by device
 # width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
 # 0 % hybrids (so with MLPs) of the paper's parameter counts.
 SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
@@ -713,39 +695,37 @@ SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
           "8b": (4096, 14336, 32, 32, 8, 128256, False),              # Llama-3-8B
           "smollm2": (576, 1536, 30, 9, 3, 49152, True),              # SmolLM2-135M
           "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
-# target, its attention share, draft (one of SHAPES, or the target's layers), draft's words, K, and
-# the paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
-BENCH = [("2.8b", 0, "130m", None, 3, 3.9, 1.71), ("2.8b", 0, "130m", None, 4, 3.9, 1.85),
-         ("7b", 0, "1b", None, 3, 3.28, 1.95), ("7b", 0, "1b", None, 4, 3.6, 2.0),
-         ("8b", 0.5, "layers:0,31", None, 4, 2.48, 1.8),
-         ("8b", 0.5, "layers:0,10,20,31", None, 4, 3.6, 1.6),
-         ("8b", 0.5, "layers:0,10,20,31", 32768, 4, 3.6, 1.6),
-         ("8b", 0.25, "layers:0,31", None, 4, 2.64, 1.88),
-         ("8b", 0.25, "layers:0,10,20,31", None, 4, 3.6, 1.58),
-         ("8b", 0.25, "layers:0,10,20,31", 32768, 4, 3.6, 1.58),
-         ("tiny", 0, "nano", None, 4, 3.6, None), ("tiny", 0.5, "layers:0,7", 1024, 4, 2.48, None)]
+# {(target, its attention share): [(draft: one of SHAPES or the target's layers, its words, K,
+# the paper's # Gen and speed-up)]}; # Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4
+BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85)],
+         ("7b", 0): [("1b", None, 3, 3.28, 1.95), ("1b", None, 4, 3.6, 2.0)],
+         ("8b", 0.5): [("layers:0,31", None, 4, 2.48, 1.8),
+                       ("layers:0,10,20,31", None, 4, 3.6, 1.6),
+                       ("layers:0,10,20,31", 32768, 4, 3.6, 1.6)],
+         ("8b", 0.25): [("layers:0,31", None, 4, 2.64, 1.88),
+                        ("layers:0,10,20,31", None, 4, 3.6, 1.58),
+                        ("layers:0,10,20,31", 32768, 4, 3.6, 1.58)],
+         ("tiny", 0): [("nano", None, 4, 3.6, None)],
+         ("tiny", 0.5): [("layers:0,7", 1024, 4, 2.48, None)]}
 
 
-def seconds(function, cuda):
+def seconds(function):
     """Wall-clock time of one call, with what it queued on the device."""
-    if cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = timer()                                     # waits for a GPU, where there is one
     function()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return timer() - begin
 
 
 def clock(calls, cuda):
     """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
     def run():
-        for f in calls:
-            f()
+        """Each call once, in a row."""
+        for call in calls:
+            call()
 
     calls[0]()
     once = capture(run)[0] if cuda else run
-    return sorted(seconds(once, cuda) for _ in range(5))[2]
+    return median(seconds(once) for _ in range(5))
 
 
 def memory_bandwidth(device):
@@ -756,38 +736,33 @@ def memory_bandwidth(device):
     """
     cuda = device.type == "cuda"
     a, b = (torch.ones(2 ** (28 if cuda else 26), device=device) for _ in "ab")
-    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, lambda: a.sum())]
-    return max(10 * passes * 4 * a.numel() / clock([f] * 10, cuda)
-               for passes, f in ways for _ in range(3 if cuda else 1))
+    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, a.sum)]      # bytes, of a's
+    return max(10 * passes * a.nbytes / clock([way] * 10, cuda)
+               for passes, way in ways for _ in range(3 if cuda else 1))
 
 
-def shape_config(shape, share, **switches):
-    """A near_linear hybrid of one of SHAPES, or around a teacher's own config."""
-    if isinstance(shape, str):
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "vocab_size", "tie_word_embeddings")
-        shape = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
-    keep = mamba_in_llama.attention_layers(share, shape.num_hidden_layers)
-    return hybrid_config(shape.to_dict(), keep, "near_linear", **switches)
+def shape_config(shape):
+    """The config of a Llama of one of SHAPES."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+    return LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
 
 
-def random_model(shape, share, device, dtype):
+@torch.no_grad()
+def random_model(shape, share, device):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    config = shape_config(shape, share, **({} if share else dict(mixer="mamba", d_state=16)))
-    with device:
-        model = mamba_in_llama.HybridForCausalLM._from_config(config, dtype=dtype)
-    for name, p in model.named_parameters():
-        if name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict:
-            p.data = p.data.to(torch.promote_types(dtype, torch.float32))
-    return model.eval()
+    config = shape_config(shape)
+    model = hollow_hybrid(config, DTYPE[device.type], M.attention_layers(
+        share, config.num_hidden_layers), **({} if share else dict(mixer="mamba", d_state=16)))
+    return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
+                        for name, p in model.named_parameters()}).to(device)
 
 
-def weight_bytes(model, words=None):
-    """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
-    head, table = model.lm_head.weight, model.get_input_embeddings().weight
-    rest = sum(p.numel() * p.element_size() for p in model.parameters()
-               if p is not head and p is not table)
-    return rest + (words or len(head)) * head.shape[1] * head.element_size()
+def weight_bytes(model):
+    """Bytes of weights that one decoding step reads: all but the embedding, and the head."""
+    tables = {id(model.get_input_embeddings().weight), id(model.lm_head.weight)}
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
+    return rest + model.get_output_embeddings().weight.nbytes       # of some drafts a cut one
 
 
 @torch.no_grad()
@@ -795,9 +770,10 @@ def step_seconds(model, T, prompt, calls=48):
     """Mean time of a call of T tokens, all accepted, over cycles of a ring of 16. prompt (1,l)"""
     rows = read_prompts(model, prompt, calls * T, T, None)[0]
     decoder, tokens = Decoder(model, rows, ring=16), rows.last.repeat(1, T)     # (1,T)
-    all_stand = torch.full_like(rows.length, T)
+    all_stand = torch.full_like(rows.length, T)                                 # (1,)
 
     def call():
+        """T tokens, and all of them stand."""
         decoder.decode(tokens)
         decoder.cache.commit(all_stand)
 
@@ -805,7 +781,7 @@ def step_seconds(model, T, prompt, calls=48):
         warm_up(call)
         call, _ = capture(call)
     decoder.prefill(prompt, None)
-    return seconds(lambda: [call() for _ in range(calls)], prompt.is_cuda) / calls
+    return seconds(lambda: [call() for _ in range(calls)]) / calls
 
 
 def acceptance_for(gen, K):
@@ -820,45 +796,44 @@ def bench(args, device):
     floor: share of the time in which the weights could at best be read. verify: a call of K + 1
     tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
     """
-    cuda, rows, built = device.type == "cuda", [], None
-    dtype, sizes = torch.bfloat16 if cuda else torch.float32, args.sizes or (
-        "2.8b,7b,8b" if cuda else "tiny")
-    require(set(sizes.split(",")) <= {r[0] for r in BENCH}, f"--sizes {sizes}: want some of "
+    cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
+    sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
+    require(set(sizes) <= {shape for shape, _ in BENCH}, f"--sizes {args.sizes}: want some of "
             "2.8b,7b,8b,tiny")
-    about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
-             "torch": torch.__version__, "memory_bytes_per_s": memory_bandwidth(device)}
+    about = {"device": torch.cuda.get_device_name() if cuda else "CPU",
+             "dtype": str(DTYPE[device.type]), "torch": torch.__version__,
+             "memory_bytes_per_s": memory_bandwidth(device)}
     print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
     print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
           f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
-    prompt = torch.arange(1, 33, device=device)[None]
-    for shape, share, spec, words, K, gen, paper in BENCH:
-        if shape not in sizes.split(","):
+    for (shape, share), trials in BENCH.items():
+        if shape not in sizes:
             continue
-        if built != (shape, share):                     # one target in memory at a time
-            target, draft, built = None, None, (shape, share)
-            target = random_model(shape, share, device, dtype)
-            plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
-            one = step_seconds(target, 1, prompt)
-        if spec.startswith("layers:"):
-            draft = read_draft(spec, target, device, words)
-        else:                                           # 130m is pure Mamba, the others attention
-            draft = ModelDraft(random_model(spec, int(spec != "130m"), device, dtype))
-        P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
-        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
-        weight = weight_bytes(target)
-        ratio = weight_bytes(draft.model, words) / weight
-        row = {"target": f"{shape} {share:.0%} attention", "K": K, "gen": fast.tokens_per_round,
-               "draft": spec + (f", {words // 1024}k words" if words else ""),
-               "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
-               "share_of_floor": plain * weight / about["memory_bytes_per_s"],
-               "verify_over_step": step_seconds(target, K + 1, prompt) / one,
-               "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
-               "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio,
-               "simulated_acceptance": P, "paper_gen": gen}
-        rows.append(row | about)
-        print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
-              "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
-              "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
+        target = draft = None                           # one target in memory at a time
+        target = random_model(shape, share, device)
+        plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
+        one, weight = step_seconds(target, 1, prompt), weight_bytes(target)
+        for spec, words, K, gen, paper in trials:
+            if spec in SHAPES:                          # 130m is pure Mamba, the others attention
+                draft = ModelDraft(random_model(spec, int(spec != "130m"), device))
+            else:
+                draft = read_draft(spec, target, device, words)
+            P = args.simulate_acceptance
+            P = acceptance_for(gen, K) if P is None else P
+            fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
+            ratio = weight_bytes(draft.model) / weight
+            row = {"target": f"{shape} {share:.0%} attention", "K": K,
+                   "draft": spec + (f", {words // 1024}k words" if words else ""),
+                   "gen": fast.tokens_per_round, "paper_gen": gen, "simulated_acceptance": P,
+                   "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
+                   "share_of_floor": plain * weight / about["memory_bytes_per_s"],
+                   "verify_over_step": step_seconds(target, K + 1, prompt) / one,
+                   "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
+                   "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio}
+            rows.append(row | about)
+            print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
+                  "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
+                  "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
     return rows
 
 
@@ -867,56 +842,43 @@ KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
                  "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
                  "mamba 4096x16": ("mamba", 256, 64, 16, 16),
                  "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
-SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32),
-                "mamba 256x16": ("mamba", 16, 8, 16, 16)}
 
 
-def kernel_inputs(layer, b, T, ring, device, dtype):
+def kernel_inputs(mixer, H, G, P, N, b, T, slots, device):
     """One layer's arguments of `multi_step`, up to the rings."""
-    (mixer, H, G, P, N), like, wide = layer, dict(device=device, dtype=dtype), dict(device=device)
-    (p, n, gx), slots = (1, 1, G) if mixer == "mamba2" else (P, N, H), 2 * ring
-    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),
-            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),
-            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3, torch.randn(H, p, **wide),
-            torch.randn(b, T, H, P, **like), torch.randn(b, H, P, N, **wide),
-            torch.randn(b, slots, gx, P, **like), torch.rand(b, slots, H, p, **wide) / 10,
-            torch.randn(b, slots, G, N, **like)]
-
-
-def flush_cycle(T, ring):
-    """(base, length) of every call from one flush to the next, all T tokens accepted."""
-    base, length, cycle, flushes = 0, T, [], 0
-    while flushes < 2:
-        flush = length - base + T > ring
-        flushes += flush
-        if flushes:
-            cycle.append((base, length))
-        base, length = length if flush else base, length + T
-    return cycle[:-1]
+    p, n, gx = (1, 1, G) if mixer == "mamba2" else (P, N, H)
+    like, wide = dict(device=device, dtype=DTYPE[device.type]), dict(device=device)
+    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),          # x, dt
+            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),           # B, C
+            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3,                # A, dt_bias
+            torch.randn(H, p, **wide), torch.randn(b, T, H, P, **like),                 # D, z
+            torch.randn(b, H, P, N, **wide), torch.randn(b, slots, gx, P, **like),  # state, ring_x
+            torch.rand(b, slots, H, p, **wide) / 10, torch.randn(b, slots, G, N, **like)]
 
 
 def bench_kernel(args, device):
     """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
 
-    The mean over a whole flush cycle; on CUDA one graph, on rotated buffers that exceed the L2.
+    The mean over a whole cycle, from one flush to the next with all T tokens accepted in each
+    call; on CUDA one graph, on rotated buffers that exceed the L2.
     """
     cuda, rows = device.type == "cuda", []
-    dtype, least = (torch.bfloat16, 150 << 20) if cuda else (torch.float32, 0)
     print(f"{'layer':<20}{'batch':>6}{'T':>4}{'us/call':>10}{'T x one':>10}{'copy':>9}")
-    for name, layer in (KERNEL_LAYERS if cuda else SMALL_LAYERS).items():
-        for b in (1, 8, 64, 256) if cuda else (1, 8):
-            size = 4 * b * layer[1] * layer[3] * layer[4]
-            copies = max(1, min(64, -(-least // size)))
-            pairs, one = [torch.empty(2, size // 4, device=device) for _ in range(copies)], 0.0
-            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs], cuda) / copies
+    for name, layer in KERNEL_LAYERS.items():
+        mixer, H, _, P, N = layer
+        for b in (1, 8, 64, 256) if cuda else (1,):
+            size = b * H * P * N                                                # (b,H,P,N) fp32
+            copies = max(1, min(64, -(-(150 << 20) // (4 * size)))) if cuda else 1
+            pairs, one = [torch.empty(2, size, device=device) for _ in range(copies)], 0.0
+            copied = clock([partial(to.copy_, old) for to, old in pairs], cuda) / copies
             for T in range(1, 17):
                 ring = 16 if T <= 8 else 32
-                fold_at = ring if layer[0] == "mamba2" else mamba_in_llama.MAMBA_FOLD_AT
-                sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
-                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32).to(device)
-                          for i, j in flush_cycle(T, fold_at)]
-                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=fold_at)
-                         for c in counts for s in sets]
+                fold_at = ring if mixer == "mamba2" else M.MAMBA_FOLD_AT
+                sets = [kernel_inputs(*layer, b, T, 2 * ring, device) for _ in range(copies)]
+                # the last call of a cycle finds as many whole calls in the ring as it can hold
+                counts = [torch.tensor([[0] * b, [n] * b, [0] * b], dtype=torch.int32).to(device)
+                          for n in range(T, max(fold_at, T) + 1, T)]            # (3,b)
+                calls = [partial(M.multi_step, *s, c, ring=fold_at) for c in counts for s in sets]
                 spent = clock(calls, cuda) / len(calls)
                 one = spent if T == 1 else one
                 rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
@@ -928,36 +890,30 @@ def bench_kernel(args, device):
 
 def plot(rows, path):
     """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
-                         "lines.linewidth": 2.5, "lines.markersize": 8, "savefig.dpi": 100,
-                         "figure.constrained_layout.use": True})
-    colours = "#0072B2", "#D55E00"                      # Okabe and Ito: colour-blind safe
-    if "layer" not in rows[0]:
-        figure, axis = plt.subplots(figsize=(10, 2 + 0.7 * len(rows)))
-        labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
-        axis.barh(labels, [r["speed_up"] for r in rows], color=colours[0], label="measured")
-        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "|", ms=24, mew=4,
-                  color=colours[1], label="paper")
-        axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
-    else:
-        layers, batches = ({r[k]: 0 for r in rows} for k in ("layer", "batch"))
-        figure, axes = plt.subplots(-(-len(layers) // 2), 2, figsize=(11, 2 + 2 * len(layers)),
-                                    sharex=True, squeeze=False)
-        for axis, layer in zip(axes.flat, layers):
-            for b, colour, mark in zip((min(batches), max(batches)), colours, "os"):
-                part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
-                for key, style, label in (("us", mark + "-", "one call of T tokens"),
-                                          ("us_single_steps", "--", "T calls of one token"),
-                                          ("us_copy", ":", "a copy of the state")):
-                    if all(key in r for r in part):
-                        axis.plot([r["T"] for r in part], [r[key] for r in part], style,
-                                  color=colour, label=f"batch {b}: {label}")
-            axis.set(title=layer, yscale="log", xticks=(1, 4, 8, 12, 16), ylabel="µs per layer")
-        for axis in axes[-1]:
-            axis.set(xlabel="tokens T")
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+    rcParams.update({"font.size": 16, "lines.linewidth": 2.5, "lines.markersize": 8})
+    layers = list(dict.fromkeys(r.get("layer") for r in rows))
+    figure = Figure((11, 2 + (2 if layers[0] else 0.7 * len(rows)) * len(layers)),
+                    layout="constrained")
+    for i, layer in enumerate(layers, 1):
+        axis = figure.add_subplot(-(-len(layers) // 2), min(2, len(layers)), i)
+        if layer is None:
+            labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
+            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
+            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "C1|", ms=24,
+                      mew=4, label="paper")
+            axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
+            continue
+        axis.set(title=layer, yscale="log", xlabel="tokens T", xticks=(1, 4, 8, 12, 16),
+                 ylabel="µs per layer")
+        for b, colour in (rows[0]["batch"], "C0"), (rows[-1]["batch"], "C1"):
+            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+            for key, style, label in (("us", "o-", "one call of T tokens"),
+                                      ("us_single_steps", "--", "T calls of one token"),
+                                      ("us_copy", ":", "a copy of the state")):
+                axis.plot([r["T"] for r in part], [r[key] for r in part], colour + style,
+                          label=f"batch {b}: {label}")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
@@ -973,50 +929,49 @@ def needle(args, device):
     Then the size of caches; without --target only that, for SmolLM2's and an 8B Llama's shape.
     """
     if not args.target:
-        return cache_table("SmolLM2-135M", "smollm2") + cache_table("Llama-3-8B", "8b")
+        return [row for name, shape in (("SmolLM2-135M", "smollm2"), ("Llama-3-8B", "8b"))
+                for row in cache_table(name, shape_config(shape))]
     from pydoc_data.topics import topics
     model, tokenizer = load(args.target, device)
-    hay, rows = encode("\n".join(topics[k] for k in sorted(topics)), tokenizer, raw=True), []
-    ask = encode("\nWhat is the magic number? The magic number is", tokenizer, raw=True)
-    draw = torch.Generator().manual_seed(args.seed)
+    read, draw = partial(encode, tokenizer=tokenizer, raw=True), random.Random(args.seed)
+    hay, rows = read("\n".join(topics[k] for k in sorted(topics))), []          # (l,) Python's help
+    ask = read("\nWhat is the magic number? The magic number is")
     print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
           f"{'length':>8}" + "".join(f"{d:7.0%}" for d in args.depths))
     for length in args.lengths:
         for depth in args.depths:
             found = 0
             for _ in range(args.trials):
-                secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
-                fact = encode(f"\nThe magic number is {secret}.\n", tokenizer, raw=True)
+                secret = str(draw.randrange(10000, 99999))
+                fact = read(f"\nThe magic number is {secret}.\n")
                 room = length - len(fact) - len(ask)
-                first = int(torch.randint(len(hay), (), generator=draw))
-                text = hay.roll(-first).repeat(1 + room // len(hay))[:room]
+                text = hay.roll(-draw.randrange(len(hay))).repeat(1 + room // len(hay))[:room]
                 cut = int(depth * room)
-                prompt = torch.cat([text[:cut], fact, text[cut:], ask]).to(device)
+                prompt = torch.cat([text[:cut], fact, text[cut:], ask])                 # (length,)
                 found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
             rows.append({"length": length, "depth": depth, "found": found / args.trials})
         print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]),
               flush=True)
-    config = model.config
-    return rows + cache_table(args.target, getattr(config, "teacher_config", lambda: config)())
+    teacher_config = getattr(model.config, "teacher_config", lambda: model.config)
+    return rows + cache_table(args.target, teacher_config())
 
 
-def cache_table(name, shape):
+def cache_table(name, config):
     """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
-    sizes, rows = (1024, 8192, 65536), []
+    lengths, rows, teachers = (1024, 8192, 65536), [], None
     print(f"\n{name}: cache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
-        f"{n:>18,}" for n in sizes))
+        f"{n:>18,}" for n in lengths))
     for share in (1.0, 0.5, 0.25, 0.0):
-        with torch.device("meta"):                      # shapes without memory
-            model = mamba_in_llama.HybridForCausalLM(shape_config(shape, share)).bfloat16()
-        for n in sizes:
-            layers = MixerCache.allocate(model, 1, n, ring=1).layers
-            size = sum(t.numel() * t.element_size() for layer in layers for t in layer)
-            teachers = rows[len(rows) % len(sizes)]["cache_bytes"] if share < 1 else size
-            rows.append({"model": name, "attention": share, "tokens": n, "cache_bytes": size,
-                         "share_of_teacher": size / teachers})
-        print(f"{share:>10.0%}" + "".join(
-            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['share_of_teacher']:4.0%})"
-            for r in rows[-len(sizes):]))
+        model = hollow_hybrid(config, torch.bfloat16, M.attention_layers(
+            share, config.num_hidden_layers))
+        sizes = [sum(t.nbytes for t in chain(*MixerCache.allocate(model, 1, n, ring=1).layers))
+                 for n in lengths]
+        teachers = teachers or sizes
+        rows += [{"model": name, "attention": share, "tokens": n, "cache_bytes": size,
+                  "share_of_teacher": size / whole}
+                 for n, size, whole in zip(lengths, sizes, teachers)]
+        print(f"{share:>10.0%}" + "".join(f"{size / 2 ** 20:11.1f} ({size / whole:4.0%})"
+                                          for size, whole in zip(sizes, teachers)))
     return rows
 
 
@@ -1027,15 +982,12 @@ def cache_table(name, shape):
 
 def load(name, device):
     """A model (ours, the authors' or a plain decoder) and its tokenizer."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     require(name, "give --target DIR_OR_HUB_NAME")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if cached_file(name, "mamba_config.json", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False):    # directory or hub
-            model = load_authors_checkpoint(name, dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer, authors = AutoTokenizer.from_pretrained(name), has_file(
+            name, "mamba_config.json")
+        read = load_authors_checkpoint if authors else AutoModelForCausalLM.from_pretrained
+        model = read(name, dtype=DTYPE[device.type])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), tokenizer
@@ -1059,30 +1011,21 @@ def read_draft(spec, target, device, words=None):
 
 def encode(text, tokenizer, raw=False):
     """text -> ids (l,), through the chat template where there is one, unless `raw`."""
-    if tokenizer.chat_template and not raw:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = M.Chat(tokenizer).pair(text)[0] if tokenizer.chat_template and not raw else tokenizer(
+        text, add_special_tokens=False, verbose=False)["input_ids"]
     require(ids, "the prompt is empty")
     return torch.tensor(ids)
 
 
-def painter(tokenizer):
-    """An `on_round` that shows the first 16 rounds as Figure 2 does: what stands, what falls,
-    what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
-        "{}", "[-{}-]", "{{+{}+}}")
-
-    def show(rows, proposal, n, token):
-        if rows.alive[0] and rows.tally[0] < 16:
-            drafted, n = proposal.tokens[0].tolist(), int(n[0])
-            words = [repr(tokenizer.decode(part))[1:-1]
-                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
-            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
-                mark.format(word) for mark, word in zip(marks, words) if word))
-
-    return show
+def run(target, draft, args, ends, prompt, **more):
+    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
+    settings = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, eos_token_id=ends,
+        generator=torch.Generator(prompt.device).manual_seed(args.seed))
+    if draft is None:
+        return generate(target, prompt, **settings)
+    return speculative_decode(target, draft, prompt, lookahead=args.lookahead, **settings, **more)
 
 
 @torch.no_grad()
@@ -1095,19 +1038,9 @@ def first_difference(target, prompt, plain, fast):
         return None
     n = min(len(plain), len(fast))
     i = int((plain[:n] != fast[:n]).int().argmax())
-    hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
+    hidden = M.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]       # (D,)
     a, b = target.get_output_embeddings()(hidden)[torch.stack([plain[i], fast[i]])].tolist()
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
-
-
-def run(target, draft, args, ends, prompt, **more):
-    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
-    more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
-    if draft is not None:
-        more |= dict(draft=draft, lookahead=args.lookahead)
-    return (generate if draft is None else speculative_decode)(
-        target, input_ids=prompt, max_new_tokens=args.max_new_tokens, top_k=args.top_k,
-        temperature=args.temperature, top_p=args.top_p, eos_token_id=ends, **more)
 
 
 def compare(target, drafts, prompts, args, ends=None, **others):
@@ -1125,48 +1058,77 @@ def compare(target, drafts, prompts, args, ends=None, **others):
     for name, made in zip(ways, results):
         spent, drafted, accepted, rounds = (sum(getattr(r, field) for r in made) for field in (
             "seconds", "drafted", "accepted", "rounds"))
-        row = {"draft": name, "K": 0, "gen": (rounds + accepted) / max(1, rounds),
-               "acceptance": accepted / max(1, drafted), "identical": "", "differences": [],
-               "tokens_per_s": sum(len(r.tokens[0]) - 1 for r in made) / spent}
-        if name in drafts and args.temperature:
-            row |= {"K": args.lookahead, "identical": "(sampled)"}
-        elif name in drafts:
-            parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
-                      for prompt, plain, r in zip(prompts, results[0], made)]
-            row |= {"K": args.lookahead, "identical": f"{parted.count(None)} of {len(parted)}",
-                    "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
+        speed = sum(len(r.tokens[0]) - 1 for r in made) / spent
+        parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
+                  for prompt, plain, r in zip(prompts, results[0], made)
+                  if name in drafts and not args.temperature]
+        sampled = "(sampled)" if name in drafts else ""
+        row = {"draft": name, "K": args.lookahead if name in drafts else 0,
+               "gen": (rounds + accepted) / max(1, rounds), "tokens_per_s": speed,
+               "acceptance": accepted / max(1, drafted),
+               "identical": f"{parted.count(None)} of {len(parted)}" if parted else sampled,
+               "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
         table.append(row)
-        row["speed_up"] = row["tokens_per_s"] / table[0]["tokens_per_s"]
+        row["speed_up"] = speed / table[0]["tokens_per_s"]
         print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
               "{identical}".format(**row), *row["differences"], sep="\n    ", flush=True)
     return table
 
 
 def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
-    """Decode a prompt with each draft, a line for every round, and print the answer."""
+    """Decode a prompt (l,) with each draft: rounds as in Figure 2, answer and table. -> rows
+
+    Of 16 rounds: what stands, what falls, what the target says instead; in colour on a terminal,
+    else [-fallen-] and {+said+}.
+    """
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
+        "{}", "[-{}-]", "{{+{}+}}")
+
+    def show(rows, proposal, n, token):
+        """An `on_round`: a line of what row 0 makes of its drafted tokens (K,)."""
+        if rows.alive[0] and rows.tally[0] < 16:
+            drafted, n = proposal.tokens[0].tolist(), int(n[0])
+            words = [repr(tokenizer.decode(part))[1:-1]
+                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
+            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
+                mark.format(word) for mark, word in zip(marks, words) if word))
+
     for name, draft in drafts.items():
         print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-        made = run(target, draft, args, ends, prompt, on_round=painter(tokenizer))
+        made = run(target, draft, args, ends, prompt, on_round=show)
     print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
+    return compare(target, drafts, [prompt], args, ends)
+
+
+def answer(args, device):
+    """--target and --prompt: decode one prompt, without and with the draft. -> rows"""
+    target, tokenizer = load(args.target, device)
+    draft = read_draft(args.draft, target, device, args.draft_words)
+    ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
+    ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if tokenizer.chat_template and not args.raw:
+        ends.append(M.Chat(tokenizer).end)
+    prompt = encode(args.prompt, tokenizer, args.raw).to(device)
+    return show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
 
 
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
-        mamba_in_llama.main(["--tiny"])
-    target, tokenizer = load("tiny_run/mamba2", device)
+        M.main(["--tiny"])
+    (target, tokenizer), (teacher, _), (mamba, _) = (
+        load(f"tiny_run/{name}", device) for name in ("mamba2", "teacher", "mamba"))
     text = "The standard exception classes that a program can"
     starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
-    answers = torch.tensor(mamba_in_llama.sample(target, starts, 96, None))
-    shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
-    mamba_in_llama.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1,
-                          beta=1.0)
-    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": LayerSubsetDraft(
-        target, [0, 3]), "ngram:3": NGramDraft(3), "the teacher": load("tiny_run/teacher", device)[
-        0], "the Mamba hybrid": load("tiny_run/mamba", device)[0]}
+    answers = torch.tensor(M.sample(target, starts, 96, None))                  # (128,96)
+    layers = LayerSubsetDraft(target, [0, 3])
+    shrunk = copy.deepcopy(layers)
+    M.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1, beta=1.0)
+    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": layers,
+              "ngram:3": NGramDraft(3), "the teacher": teacher, "the Mamba hybrid": mamba}
     prompt = encode(args.prompt or text, tokenizer, args.raw).to(device)
-    show_rounds(target, drafts, prompt, tokenizer, args)
-    return compare(target, drafts, [prompt], args)
+    return show_rounds(target, drafts, prompt, tokenizer, args)
 
 
 def make_draft(args, device):
@@ -1177,15 +1139,13 @@ def make_draft(args, device):
     """
     require(args.target and "--out" in args.rest and args.make_draft.startswith("layers:"),
             f"--make-draft {args.make_draft}: want layers:I,J, and --target and --out")
-    options = mamba_in_llama.parse_args(["--teacher", args.target, *args.rest])
+    options = M.parse_args(["--teacher", args.target, *args.rest])
     target, tokenizer = load(args.target, device)
-    before = read_draft(args.make_draft, target, device).model
-    draft, chat = copy.deepcopy(before), mamba_in_llama.Chat(tokenizer)
-    data = mamba_in_llama.real_data(target, chat, options)
-    history = mamba_in_llama.distil(
-        "draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
-        alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
-    mamba_in_llama.save(draft.eval(), chat, options.out)
+    before, chat = read_draft(args.make_draft, target, device).model, M.Chat(tokenizer)
+    draft, data = copy.deepcopy(before), M.real_data(target, chat, options)
+    history = M.distil("draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
+                       alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
+    M.save(draft.eval(), chat, options.out)
     print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
           f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
     prompts = [row[:int((labels != -100).int().argmax())].to(device)
@@ -1207,18 +1167,17 @@ FLAGS = {       # name: (type, or bool for a switch; default; help)
     "draft-words": (int, None, "cut the draft's head to the first so many words"),
     "prompt": (str, None, "the text to answer"),
     "raw": (bool, False, "no chat template around the prompt"),
-    "lookahead": (COUNT, 4, "tokens drafted per round, K"),
+    "lookahead": (M.COUNT, 4, "tokens drafted per round, K"),
     "temperature": (float, 0.0, "0 is greedy"),
     "top-k": (int, 0, "0 keeps all words"),
     "top-p": (float, 1.0, "probability that is kept"),
-    "max-new-tokens": (COUNT, 128, "budget, tokens"),
-    "simulate-acceptance": (SHARE, None, "--bench: each token stands with this chance (default: "
-                            "from the paper's # Gen)"),
+    "max-new-tokens": (M.COUNT, 128, "budget, tokens"),
+    "simulate-acceptance": (M.SHARE, None, "--bench: a token's chance (default: as in the paper)"),
     "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
-    "lengths": (checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
+    "lengths": (M.checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
                 "--needle: tokens"),
-    "depths": (SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
-    "trials": (COUNT, 5, "--needle: numbers per length and depth"),
+    "depths": (M.SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
+    "trials": (M.COUNT, 5, "--needle: numbers per length and depth"),
     "seed": (int, 0, "of every draw"),
     "json": (str, None, "write the rows of the table to this file"),
     "plot": (str, None, "a picture of --bench or --bench-kernel (matplotlib)"),
@@ -1226,15 +1185,16 @@ FLAGS = {       # name: (type, or bool for a switch; default; help)
 
 
 def parse_args(argv):
-    """The flags as a namespace; ValueError for values that make no sense."""
-    args, args.rest = make_parser(__doc__, FLAGS).parse_known_args(argv)
+    """The flags, and what to run as .mode; ValueError for values that make no sense."""
+    args, args.rest = M.make_parser(__doc__, FLAGS).parse_known_args(argv)
     require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
-    modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
+    require(len(modes) <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
+    args.mode = (modes or [answer])[0]
     return args
 
 
@@ -1242,20 +1202,7 @@ def main(argv=None):
     """Run the command line. -> the rows that --json writes"""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
-    if modes:
-        rows = modes[0](args, device)
-    else:
-        target, tokenizer = load(args.target, device)
-        draft = read_draft(args.draft, target, device, args.draft_words)
-        ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
-        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        if tokenizer.chat_template and not args.raw:
-            ends.append(mamba_in_llama.Chat(tokenizer).end)
-        prompt = encode(args.prompt, tokenizer, args.raw).to(device)
-        show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
-        rows = compare(target, {args.draft: draft}, [prompt], args, ends)
+    rows = args.mode(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
@@ -1265,4 +1212,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    mamba_in_llama.cli(main)
+    M.cli(main)
