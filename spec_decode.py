@@ -34,6 +34,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -465,20 +466,18 @@ def LayerSubsetDraft(model, layers):
     L, layers = len(model.model.layers), [int(i) for i in layers]
     require(layers and all(0 <= i < L for i in layers) and len(set(layers)) == len(layers),
             f"draft layers {layers}: must be different indices in 0..{L - 1}")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
-    if hasattr(config, "attn_layers"):
-        config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
-    with torch.device("meta"):
-        draft = type(model)(config)
-    for ours, i in zip(draft.model.layers, layers):
-        ours.load_state_dict(model.model.layers[i].state_dict(keep_vars=True), assign=True)
-    for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(draft.model, name, getattr(model.model, name))
-    draft.lm_head, draft.generation_config = model.lm_head, model.generation_config
-    return draft.train(model.training)
+    # what the memo holds is shared instead of copied
+    draft = copy.deepcopy(model, {id(v): v for v in chain(model.parameters(), model.buffers())})
+    draft.model.layers = nn.ModuleList(draft.model.layers[i] for i in layers)
+    for j, layer in enumerate(draft.model.layers):
+        layer.self_attn.layer_idx = j
+    for config in {id(c): c for c in (draft.config, draft.model.config)}.values():
+        config.num_hidden_layers = len(layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in layers]
+        if hasattr(config, "attn_layers"):
+            config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
+    return draft
 
 
 # ---------------------------------------------------------------------------------------------
@@ -627,19 +626,18 @@ def authors_config(folder):
 def hollow_hybrid(config, dtype, *layout, **switches):
     """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
 
-    layout, switches: its other arguments. RoPE's frequencies are real, since no file holds them.
+    layout, switches: its other arguments.
     """
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = M.convert_to_hybrid(teacher, *layout, **switches)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)
-    return model.eval()
+        return M.convert_to_hybrid(teacher, *layout, **switches).eval()
 
 
 def fill(model, tensors):
-    """Give a hollow model its parameters, {name: tensor}, as they are: nothing is copied."""
+    """Give a hollow model its parameters, {name: tensor}, as they are, so that none is copied."""
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
     return model
 
 
@@ -660,24 +658,22 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
     (config, layout), theirs, ours = authors_config(folder), checkpoint_tensors(folder), {}
     model = hollow_hybrid(config, dtype or torch.bfloat16, **layout)
-    parts = {name: [name] for name, _ in model.named_parameters()}      # {ours: theirs}
-    for i, mixer in model.mixers().items():
-        layer, made_of = f"model.layers.{i}.", MADE_OF[layout["mixer"]]
-        parts |= {f"{layer}self_attn.{name}": [
-            f"{layer}mamba.{part}" for part in made_of.get(name, [name])]
-            for name, _ in mixer.named_parameters()}
-    wanted = set(chain(*parts.values()))
-    lacking, unknown = sorted(wanted - theirs.keys()), [
-        name for name in theirs.keys() - wanted - {"lm_head.weight"} if "rotary_emb" not in name]
-    require(not lacking, f"{folder} lacks {len(lacking)} tensors, e.g. {lacking[:1]}")
-    require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
     for name, p in model.named_parameters():
-        tensors = [theirs[part] for part in parts[name]] or [torch.zeros(p.shape)]
+        layer, _, inside = name.partition(".self_attn.")
+        parts = [name]                              # as in the teacher, also where attention stays
+        if inside and int(layer.rpartition(".")[2]) in model.mixers():
+            parts = [f"{layer}.mamba.{part}" for part in MADE_OF[layout["mixer"]].get(
+                inside, [inside])]
+        lacking = [part for part in parts if part not in theirs]
+        require(not lacking, f"{folder} lacks {lacking[:1]}")
+        tensors = [theirs.pop(part) for part in parts] or [torch.zeros(p.shape)]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
                 f"but {tuple(p.shape)} is needed")
-        twice = layout["mixer"] == "mamba" and name.endswith("dt_bias")
+        twice = layout["mixer"] == "mamba" and inside == "dt_bias"
         ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
+    unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
+    require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
     return fill(model, ours)
 
 
@@ -765,23 +761,13 @@ def weight_bytes(model):
     return rest + model.get_output_embeddings().weight.nbytes       # of some drafts a cut one
 
 
-@torch.no_grad()
-def step_seconds(model, T, prompt, calls=48):
-    """Mean time of a call of T tokens, all accepted, over cycles of a ring of 16. prompt (1,l)"""
-    rows = read_prompts(model, prompt, calls * T, T, None)[0]
-    decoder, tokens = Decoder(model, rows, ring=16), rows.last.repeat(1, T)     # (1,T)
-    all_stand = torch.full_like(rows.length, T)                                 # (1,)
-
-    def call():
-        """T tokens, and all of them stand."""
-        decoder.decode(tokens)
-        decoder.cache.commit(all_stand)
-
-    if prompt.is_cuda:
-        warm_up(call)
-        call, _ = capture(call)
-    decoder.prefill(prompt, None)
-    return seconds(lambda: [call() for _ in range(calls)]) / calls
+def round_seconds(target, K, prompt, rounds=48):
+    """Mean time of a round whose K drafted tokens cost nothing and all stand. prompt (1,l)"""
+    tokens = torch.ones(1, K, dtype=torch.long, device=prompt.device)
+    free = SimpleNamespace(propose=lambda: Proposal(tokens), **dict.fromkeys(
+        ("start", "prefill", "settle"), lambda *args: None))
+    made = speculative_decode(target, free, prompt, rounds * (K + 1), K, simulate=1.0)
+    return made.seconds / made.rounds
 
 
 def acceptance_for(gen, K):
@@ -793,8 +779,8 @@ def acceptance_for(gen, K):
 def bench(args, device):
     """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
 
-    floor: share of the time in which the weights could at best be read. verify: a call of K + 1
-    tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
+    floor: share of the time in which the weights could at best be read. verify: a round of K + 1
+    tokens over a plain step. bound: # Gen / (1.1 + K x draft bytes / target bytes).
     """
     cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
     sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
@@ -812,7 +798,7 @@ def bench(args, device):
         target = draft = None                           # one target in memory at a time
         target = random_model(shape, share, device)
         plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
-        one, weight = step_seconds(target, 1, prompt), weight_bytes(target)
+        weight = weight_bytes(target)
         for spec, words, K, gen, paper in trials:
             if spec in SHAPES:                          # 130m is pure Mamba, the others attention
                 draft = ModelDraft(random_model(spec, int(spec != "130m"), device))
@@ -827,7 +813,7 @@ def bench(args, device):
                    "gen": fast.tokens_per_round, "paper_gen": gen, "simulated_acceptance": P,
                    "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
                    "share_of_floor": plain * weight / about["memory_bytes_per_s"],
-                   "verify_over_step": step_seconds(target, K + 1, prompt) / one,
+                   "verify_over_step": round_seconds(target, K, prompt) * plain,
                    "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
                    "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio}
             rows.append(row | about)
@@ -875,7 +861,7 @@ def bench_kernel(args, device):
                 ring = 16 if T <= 8 else 32
                 fold_at = ring if mixer == "mamba2" else M.MAMBA_FOLD_AT
                 sets = [kernel_inputs(*layer, b, T, 2 * ring, device) for _ in range(copies)]
-                # the last call of a cycle finds as many whole calls in the ring as it can hold
+                # calls of a cycle find T, 2 T, ... tokens in the ring; the last one folds them
                 counts = [torch.tensor([[0] * b, [n] * b, [0] * b], dtype=torch.int32).to(device)
                           for n in range(T, max(fold_at, T) + 1, T)]            # (3,b)
                 calls = [partial(M.multi_step, *s, c, ring=fold_at) for c in counts for s in sets]
@@ -952,8 +938,7 @@ def needle(args, device):
             rows.append({"length": length, "depth": depth, "found": found / args.trials})
         print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]),
               flush=True)
-    teacher_config = getattr(model.config, "teacher_config", lambda: model.config)
-    return rows + cache_table(args.target, teacher_config())
+    return rows + cache_table(args.target, LlamaConfig.from_dict(model.model.config.to_dict()))
 
 
 def cache_table(name, config):
@@ -1019,10 +1004,9 @@ def encode(text, tokenizer, raw=False):
 
 def run(target, draft, args, ends, prompt, **more):
     """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
-    settings = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, eos_token_id=ends,
-        generator=torch.Generator(prompt.device).manual_seed(args.seed))
+    settings = {k: vars(args)[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    settings |= dict(eos_token_id=ends,
+                     generator=torch.Generator(prompt.device).manual_seed(args.seed))
     if draft is None:
         return generate(target, prompt, **settings)
     return speculative_decode(target, draft, prompt, lookahead=args.lookahead, **settings, **more)
