@@ -28,12 +28,10 @@ import os
 import random
 import sys
 import time
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -148,13 +146,13 @@ class Rows:
 
     def append(self, block, n):
         """Emit the first n (b,) tokens of block (b,T), cut after an end token and at the budget."""
-        t = torch.arange(block.shape[1], device=block.device)
-        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)
+        t = torch.arange(block.shape[1], device=block.device)                       # (T,)
+        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)         # (b,)
         is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])         # (b,T)
         ended = is_end.any(-1)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
-        bin_ = self.tokens.shape[1] - 1
-        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)
+        bin_ = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
+        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)          # (b,T)
         self.tokens.scatter_(1, at.clamp(max=bin_), block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
@@ -188,7 +186,8 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     M.check_vocabulary(target, padded)
     mask = (torch.arange(-padded.shape[1], 0) >= -length[:, None]).long()       # (b,l)
     # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
-    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, max_new_tokens + 2 * lookahead + 2))
+    room = max_new_tokens + 2 * lookahead + 2
+    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, room))          # (b,width+1)
     rows = Rows(*(v.to(device) for v in (
         tokens, length, length + max_new_tokens, torch.zeros_like(length, dtype=torch.bool),
         torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
@@ -204,11 +203,10 @@ class Decoder:
     """A model and its cache: its own prefill and decode, or the free functions."""
 
     def __init__(self, model, rows, ring):
-        b, width = rows.tokens.shape
+        (b, width), own = rows.tokens.shape, partial(getattr, model)
         self.cache = MixerCache.allocate(model, b, width, ring)
-        self._prefill, self._decode = (
-            getattr(model, name, partial(getattr(M, name), model))
-            for name in ("prefill", "decode"))
+        self._prefill = own("prefill", partial(M.prefill, model))
+        self._decode = own("decode", partial(M.decode, model))
         context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
                 f"{longest} tokens is longer than the context of {context}")
@@ -318,6 +316,7 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
     decoder = Decoder(target, rows, ring=16 if cuda else 0)
 
     def step():
+        """One token more in every live row."""
         logits = decoder.decode(rows.last[:, None])[:, 0]                       # (b,V)
         if cuda:
             decoder.cache.commit(rows.alive)
@@ -338,7 +337,10 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
 
 @dataclass
 class Proposal:
-    """K drafted tokens per row, and how likely the draft was to draft each."""
+    """K drafted tokens per row, and how likely the draft was to draft each.
+
+    Rows share one shape: where one drafts fewer, the rest is filler that never stands.
+    """
 
     tokens: torch.Tensor               # (b,K)
     q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
@@ -383,13 +385,13 @@ class ModelDraft:
         rows, cache = self.rows, self.decoder.cache
         self.missing = (rows.length - cache.length).clamp(1, 2)                 # (b,)
         width = 2 if cache.counts.is_cuda else int(self.missing.max())
-        first = rows.length - self.missing
-        at = first[:, None] + torch.arange(width, device=first.device)
+        first = rows.length - self.missing                                      # (b,)
+        at = first[:, None] + torch.arange(width, device=first.device)          # (b,width)
         logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing if width > 1 else None)
         logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
         chosen = [self.choose(logits)]
         while len(chosen) < self.K:
-            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]
+            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]          # (b,V)
             chosen.append(self.choose(logits))
         tokens, qs = zip(*chosen)
         return Proposal(torch.stack(tokens, 1), None if qs[0] is None else torch.stack(qs, 1))
@@ -433,11 +435,11 @@ class NGramDraft:
         if not tokens.is_cuda:
             tokens = tokens[:, :int(rows.length.max())]
         start = latest_match(tokens, rows.length, self.n, self.least)           # (b,)
-        found = (rows.alive & (start > 0))[:, None]
+        found = (rows.alive & (start > 0))[:, None]                             # (b,1)
         K = self.K if tokens.is_cuda or found.any() else 0
         # past the end of the context the continuation repeats itself
-        period = (rows.length - start)[:, None]
-        at = start[:, None] + torch.arange(K, device=start.device) % period
+        period = (rows.length - start)[:, None]                                 # (b,1)
+        at = start[:, None] + torch.arange(K, device=start.device) % period     # (b,K)
         return Proposal(tokens.gather(1, at), counts=found.expand(-1, K))
 
     def settle(self, n_accepted):
@@ -453,7 +455,8 @@ def latest_match(tokens, length, n, least):
     suffix = windows[torch.arange(len(length), device=length.device), length]       # (b,n)
     same = (windows == suffix[:, None]).flip(-1).long().cumprod(-1).sum(-1)     # (b,width+1) 0..n
     end = torch.arange(windows.shape[1], device=tokens.device)
-    fits = (same >= least) & (end < length[:, None])                # a longer match, then a later
+    fits = (same >= least) & (end < length[:, None])                # (b,width+1)
+    # the longest match, of those the latest: length and end as the digits of one number
     return torch.where(fits, same * len(end) + end, 0).amax(-1) % len(end)
 
 
@@ -466,7 +469,7 @@ def LayerSubsetDraft(model, layers):
     L, layers = len(model.model.layers), [int(i) for i in layers]
     require(layers and all(0 <= i < L for i in layers) and len(set(layers)) == len(layers),
             f"draft layers {layers}: must be different indices in 0..{L - 1}")
-    # what the memo holds is shared instead of copied
+    # modules and configs are copied; what the memo holds, all tensors, is shared instead
     draft = copy.deepcopy(model, {id(v): v for v in chain(model.parameters(), model.buffers())})
     draft.model.layers = nn.ModuleList(draft.model.layers[i] for i in layers)
     for j, layer in enumerate(draft.model.layers):
@@ -526,6 +529,9 @@ def accept(logits, proposal, sampling, simulate=None):
 def verify(target, rows, proposal, sampling, simulate=None):
     """VERIFY: one multi-step call on [last token, K drafted ones]; commit what stands.
 
+    The paper's MultiStep(h_i, y_{1:k}, i, j, k) is `decode`: the cache holds h_i and the inputs of
+    i..j to replay. Going on from h_k, or from h_j after a conflict, is the count in `commit`.
+
     target: a Decoder -> n_accepted (b,), next token (b,)
     """
     logits = target.decode(torch.cat([rows.last[:, None], proposal.tokens], 1))  # (b,K+1,V)
@@ -555,6 +561,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     draft.start(target, rows, lookahead, sampling, ring)
 
     def check(proposal):
+        """VERIFY a proposal, roll the draft back, emit what stands and the target's own token."""
         n, token = verify(decoder, rows, proposal, sampling, simulate)
         draft.settle(n)
         if on_round is not None:
@@ -564,6 +571,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         rows.append(block, n + 1)
 
     def step():
+        """One round."""
         check(draft.propose())
 
     if rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True):
@@ -572,6 +580,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         judge, _ = capture(lambda: check(proposal), generator)
 
         def step():
+            """The same round as two graphs, without a look at the device."""
             propose()
             judge()
 
@@ -633,14 +642,6 @@ def hollow_hybrid(config, dtype, *layout, **switches):
         return M.convert_to_hybrid(teacher, *layout, **switches).eval()
 
 
-def fill(model, tensors):
-    """Give a hollow model its parameters, {name: tensor}, as they are, so that none is copied."""
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
-    return model
-
-
 @torch.no_grad()
 def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
@@ -674,7 +675,10 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
         ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
     unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
     require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
-    return fill(model, ours)
+    model.load_state_dict(ours, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
+    return model
 
 
 # ---------------------------------------------------------------------------------------------
@@ -721,7 +725,7 @@ def clock(calls, cuda):
 
     calls[0]()
     once = capture(run)[0] if cuda else run
-    return median(seconds(once) for _ in range(5))
+    return sorted(seconds(once) for _ in range(5))[2]
 
 
 def memory_bandwidth(device):
@@ -744,14 +748,13 @@ def shape_config(shape):
     return LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
 
 
-@torch.no_grad()
 def random_model(shape, share, device):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    config = shape_config(shape)
-    model = hollow_hybrid(config, DTYPE[device.type], M.attention_layers(
-        share, config.num_hidden_layers), **({} if share else dict(mixer="mamba", d_state=16)))
-    return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
-                        for name, p in model.named_parameters()}).to(device)
+    with device:
+        teacher = AutoModelForCausalLM.from_config(shape_config(shape), dtype=DTYPE[device.type])
+        keep = M.attention_layers(share, len(teacher.model.layers))
+        layout = {} if share else dict(mixer="mamba", d_state=16)
+        return M.convert_to_hybrid(teacher.eval(), keep, **layout)
 
 
 def weight_bytes(model):
@@ -762,7 +765,10 @@ def weight_bytes(model):
 
 
 def round_seconds(target, K, prompt, rounds=48):
-    """Mean time of a round whose K drafted tokens cost nothing and all stand. prompt (1,l)"""
+    """Mean time of a round whose K drafted tokens cost nothing and all stand: what VERIFY costs.
+
+    prompt (1,l)
+    """
     tokens = torch.ones(1, K, dtype=torch.long, device=prompt.device)
     free = SimpleNamespace(propose=lambda: Proposal(tokens), **dict.fromkeys(
         ("start", "prefill", "settle"), lambda *args: None))
@@ -772,8 +778,8 @@ def round_seconds(target, K, prompt, rounds=48):
 
 def acceptance_for(gen, K):
     """The chance P per token for which # Gen = 1 + P + ... + P^K, to four digits."""
-    return bisect_left(range(10 ** 4), gen, key=lambda i: sum((i / 1e4) ** j
-                                                              for j in range(K + 1))) / 1e4
+    return next((i / 1e4 for i in range(10 ** 4)
+                 if sum((i / 1e4) ** j for j in range(K + 1)) >= gen), 1.0)
 
 
 def bench(args, device):
@@ -884,7 +890,7 @@ def plot(rows, path):
                     layout="constrained")
     for i, layer in enumerate(layers, 1):
         axis = figure.add_subplot(-(-len(layers) // 2), min(2, len(layers)), i)
-        if layer is None:
+        if layer is None:                               # rows of `bench`: one panel, of bars
             labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
             axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
             axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "C1|", ms=24,
@@ -969,9 +975,9 @@ def load(name, device):
     """A model (ours, the authors' or a plain decoder) and its tokenizer."""
     require(name, "give --target DIR_OR_HUB_NAME")
     try:
-        tokenizer, authors = AutoTokenizer.from_pretrained(name), has_file(
-            name, "mamba_config.json")
-        read = load_authors_checkpoint if authors else AutoModelForCausalLM.from_pretrained
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        read = load_authors_checkpoint if has_file(name, "mamba_config.json") else (
+            AutoModelForCausalLM.from_pretrained)
         model = read(name, dtype=DTYPE[device.type])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
@@ -1030,6 +1036,8 @@ def first_difference(target, prompt, plain, fast):
 def compare(target, drafts, prompts, args, ends=None, **others):
     """Each prompt (l,) plainly, then with each of {name: draft}; one table of sums. -> rows
 
+    Speeds are without the prompts. Where answers part, the prompt, the token and the gap of its
+    logits are printed: in bf16, products of other shapes round differently.
     others: more ways to decode, {name: function of a prompt -> DecodeResult}
     """
     ways = {name: partial(run, target, draft, args, ends)
@@ -1188,8 +1196,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     rows = args.mode(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(args.json).write_text(json.dumps(rows, indent=1))
     if args.plot:
         plot(rows, args.plot)
     return rows
