@@ -119,7 +119,7 @@ class Sampling:
 class DecodeResult:
     """What decoding returns; times exclude the prompt and the capture of CUDA graphs."""
 
-    tokens: list                       # b 1-D tensors, the new tokens without the prompt
+    tokens: list                       # b of (n,), the new tokens without the prompt
     rounds: int                        # calls of the target after the prompt
     drafted: int                       # tokens drafted, over all rows
     accepted: int                      # of these, accepted (before a cut at an end token)
@@ -667,11 +667,12 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
                 inside, [inside])]
         lacking = [part for part in parts if part not in theirs]
         require(not lacking, f"{folder} lacks {lacking[:1]}")
+        # of in_proj: z (d_inner,D), x (d_xb,D), B (d_xb,D), C (d_inner,D), dt (rank,D)
         tensors = [theirs.pop(part) for part in parts] or [torch.zeros(p.shape)]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
                 f"but {tuple(p.shape)} is needed")
-        twice = layout["mixer"] == "mamba" and inside == "dt_bias"
+        twice = layout["mixer"] == "mamba" and inside == "dt_bias"                      # (d_inner,)
         ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
     unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
     require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
@@ -685,6 +686,8 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
 # 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
 # ---------------------------------------------------------------------------------------------
 
+# Batch 1, as in the paper. On CUDA whatever is timed runs as captured graphs, else the host's
+# launches would be timed; a bench that decodes leaves out the prompt and the captures.
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}      # what models decode in, by device
 # width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
 # 0 % hybrids (so with MLPs) of the paper's parameter counts.
@@ -778,8 +781,8 @@ def round_seconds(target, K, prompt, rounds=48):
 
 def acceptance_for(gen, K):
     """The chance P per token for which # Gen = 1 + P + ... + P^K, to four digits."""
-    return next((i / 1e4 for i in range(10 ** 4)
-                 if sum((i / 1e4) ** j for j in range(K + 1)) >= gen), 1.0)
+    chances = (i / 1e4 for i in range(10 ** 4))
+    return next((P for P in chances if sum(P ** j for j in range(K + 1)) >= gen), 1.0)
 
 
 def bench(args, device):
@@ -837,7 +840,10 @@ KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
 
 
 def kernel_inputs(mixer, H, G, P, N, b, T, slots, device):
-    """One layer's arguments of `multi_step`, up to the rings."""
+    """One layer's arguments of `multi_step`, up to the rings.
+
+    mamba2: one Delta a head, x in groups (p, gx = 1, G); mamba: per channel, x in heads (P, H).
+    """
     p, n, gx = (1, 1, G) if mixer == "mamba2" else (P, N, H)
     like, wide = dict(device=device, dtype=DTYPE[device.type]), dict(device=device)
     return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),          # x, dt
@@ -881,7 +887,10 @@ def bench_kernel(args, device):
 
 
 def plot(rows, path):
-    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page."""
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page.
+
+    matplotlib is optional, so it is imported here; a Figure without pyplot needs no display.
+    """
     from matplotlib import rcParams
     from matplotlib.figure import Figure
     rcParams.update({"font.size": 16, "lines.linewidth": 2.5, "lines.markersize": 8})
@@ -942,8 +951,7 @@ def needle(args, device):
                 prompt = torch.cat([text[:cut], fact, text[cut:], ask])                 # (length,)
                 found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
             rows.append({"length": length, "depth": depth, "found": found / args.trials})
-        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]),
-              flush=True)
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]))
     return rows + cache_table(args.target, LlamaConfig.from_dict(model.model.config.to_dict()))
 
 
@@ -1023,6 +1031,8 @@ def first_difference(target, prompt, plain, fast):
     """None where two answers agree, else where they part and the gap of the target's two logits.
 
     In exact arithmetic they never differ; sums of another order round differently.
+
+    prompt (l,)  plain, fast (n,)
     """
     if torch.equal(plain, fast):
         return None
@@ -1042,7 +1052,7 @@ def compare(target, drafts, prompts, args, ends=None, **others):
     """
     ways = {name: partial(run, target, draft, args, ends)
             for name, draft in ({"none": None} | drafts).items()} | others
-    # in turn: all of them see the same machine
+    # all ways in turn at each prompt: what else the machine does slows them alike
     results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
     print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
           "  identical to plain decoding")
@@ -1097,6 +1107,7 @@ def answer(args, device):
     """--target and --prompt: decode one prompt, without and with the draft. -> rows"""
     target, tokenizer = load(args.target, device)
     draft = read_draft(args.draft, target, device, args.draft_words)
+    # a base model's files name one end token, a chat model's answers often end with another
     ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
     ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if tokenizer.chat_template and not args.raw:
