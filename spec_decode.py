@@ -28,9 +28,10 @@ import os
 import random
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -613,25 +614,6 @@ def checkpoint_tensors(folder):
     return tensors
 
 
-def authors_config(folder):
-    """config.json (the teacher's) and mamba_config.json. -> config, arguments of `hollow_hybrid`"""
-    for name in "config.json", "mamba_config.json":
-        require(Path(folder, name).is_file(), f"{folder} has no {name}: not in the format of the "
-                "authors' checkpoints")
-    config = AutoConfig.from_pretrained(folder)
-    theirs = json.loads(Path(folder, "mamba_config.json").read_text())
-    ssm, heads = theirs.get("ssm_cfg") or {}, config.num_attention_heads
-    mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = {"d_xb": config.num_key_value_heads * head_dim, "d_inner": heads * head_dim}
-    for name, ours in widths.items():
-        require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
-                f"but the heads of config.json make {ours}")
-    return config, dict(attn_layers=theirs["attn_layers"], mixer="mamba2" if mamba2 else "mamba",
-                        recipe="paper", d_state=ssm.get("d_state", head_dim if mamba2 else 16),
-                        d_conv=ssm.get("d_conv", 4), group_by_state=not mamba2)
-
-
 def hollow_hybrid(config, dtype, *layout, **switches):
     """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
 
@@ -640,6 +622,25 @@ def hollow_hybrid(config, dtype, *layout, **switches):
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return M.convert_to_hybrid(teacher, *layout, **switches).eval()
+
+
+def authors_hybrid(folder, dtype):
+    """config.json (the teacher's) and mamba_config.json, as a hollow hybrid of their layout."""
+    for name in "config.json", "mamba_config.json":
+        require(Path(folder, name).is_file(), f"{folder} has no {name}: not in the format of the "
+                "authors' checkpoints")
+    theirs = json.loads(Path(folder, "mamba_config.json").read_text())
+    ssm = theirs.get("ssm_cfg") or {}
+    mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
+    model = hollow_hybrid(
+        AutoConfig.from_pretrained(folder), dtype, theirs["attn_layers"], recipe="paper",
+        mixer="mamba2" if mamba2 else "mamba", d_state=ssm.get("d_state", None if mamba2 else 16),
+        d_conv=ssm.get("d_conv", 4), group_by_state=not mamba2)
+    for name, mixer in product(("d_xb", "d_inner"), model.mixers().values()):
+        said, made = theirs.get(name), getattr(mixer, name)
+        require(said in (None, made), f"mamba_config.json: {name} {said}, but the heads of "
+                f"config.json make {made}")
+    return model
 
 
 @torch.no_grad()
@@ -657,14 +658,13 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
             folder = snapshot_download(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
-    (config, layout), theirs, ours = authors_config(folder), checkpoint_tensors(folder), {}
-    model = hollow_hybrid(config, dtype or torch.bfloat16, **layout)
+    model, ours = authors_hybrid(folder, dtype or torch.bfloat16), {}
+    theirs, kind = checkpoint_tensors(folder), model.config.mixer
     for name, p in model.named_parameters():
         layer, _, inside = name.partition(".self_attn.")
         parts = [name]                              # as in the teacher, also where attention stays
         if inside and int(layer.rpartition(".")[2]) in model.mixers():
-            parts = [f"{layer}.mamba.{part}" for part in MADE_OF[layout["mixer"]].get(
-                inside, [inside])]
+            parts = [f"{layer}.mamba.{part}" for part in MADE_OF[kind].get(inside, [inside])]
         lacking = [part for part in parts if part not in theirs]
         require(not lacking, f"{folder} lacks {lacking[:1]}")
         # of in_proj: z (d_inner,D), x (d_xb,D), B (d_xb,D), C (d_inner,D), dt (rank,D)
@@ -672,10 +672,10 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
                 f"but {tuple(p.shape)} is needed")
-        twice = layout["mixer"] == "mamba" and inside == "dt_bias"                      # (d_inner,)
+        twice = kind == "mamba" and inside == "dt_bias"                         # (d_inner,)
         ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
     unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
-    require(not unknown, f"{unknown[:1]}: unknown tensor of a {layout['mixer']} checkpoint")
+    require(not unknown, f"{unknown[:1]}: unknown tensor of a {kind} checkpoint")
     model.load_state_dict(ours, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
@@ -712,13 +712,6 @@ BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85
          ("tiny", 0.5): [("layers:0,7", 1024, 4, 2.48, None)]}
 
 
-def seconds(function):
-    """Wall-clock time of one call, with what it queued on the device."""
-    begin = timer()                                     # waits for a GPU, where there is one
-    function()
-    return timer() - begin
-
-
 def clock(calls, cuda):
     """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
     def run():
@@ -728,7 +721,7 @@ def clock(calls, cuda):
 
     calls[0]()
     once = capture(run)[0] if cuda else run
-    return sorted(seconds(once) for _ in range(5))[2]
+    return sorted(timeit.repeat(once, timer=timer, number=1, repeat=5))[2]      # waits for a GPU
 
 
 def memory_bandwidth(device):
@@ -1175,7 +1168,7 @@ FLAGS = {       # name: (type, or bool for a switch; default; help)
     "top-k": (int, 0, "0 keeps all words"),
     "top-p": (float, 1.0, "probability that is kept"),
     "max-new-tokens": (M.COUNT, 128, "budget, tokens"),
-    "simulate-acceptance": (M.SHARE, None, "--bench: a token's chance (default: as in the paper)"),
+    "simulate-acceptance": (M.SHARE, None, "--bench: a token's chance to stand (default: paper's)"),
     "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
     "lengths": (M.checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
                 "--needle: tokens"),
