@@ -606,9 +606,10 @@ MADE_OF = {"mamba2": {"norm_weight": ("norm.weight",), **NO_BIASES},
 
 def checkpoint_tensors(folder):
     """{name: tensor} of every safetensors or .bin file of a directory, mapped, not read."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    tensors = dict(chain(*(load_file(path).items() for path in files)))
-    for path in [] if files else sorted(Path(folder).glob("pytorch_model*.bin")):
+    tensors = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(path)
+    for path in [] if tensors else sorted(Path(folder).glob("pytorch_model*.bin")):
         tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     require(tensors, f"{folder} holds neither safetensors nor pytorch_model.bin")
     return tensors
@@ -617,7 +618,7 @@ def checkpoint_tensors(folder):
 def hollow_hybrid(config, dtype, *layout, **switches):
     """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
 
-    layout, switches: its other arguments.
+    layout, switches: its other arguments. RoPE's frequencies, in no checkpoint, are hollow too.
     """
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -678,7 +679,7 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     require(not unknown, f"{unknown[:1]}: unknown tensor of a {kind} checkpoint")
     model.load_state_dict(ours, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)
     return model
 
 
@@ -686,8 +687,8 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
 # 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
 # ---------------------------------------------------------------------------------------------
 
-# Batch 1, as in the paper. On CUDA whatever is timed runs as captured graphs, else the host's
-# launches would be timed; a bench that decodes leaves out the prompt and the captures.
+# Decoding is timed at batch 1, as in the paper, without the prompt. On CUDA all that is timed runs
+# as captured graphs: else it would be the host's launches.
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}      # what models decode in, by device
 # width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
 # 0 % hybrids (so with MLPs) of the paper's parameter counts.
@@ -901,7 +902,7 @@ def plot(rows, path):
             continue
         axis.set(title=layer, yscale="log", xlabel="tokens T", xticks=(1, 4, 8, 12, 16),
                  ylabel="µs per layer")
-        for b, colour in (rows[0]["batch"], "C0"), (rows[-1]["batch"], "C1"):
+        for b, colour in {rows[0]["batch"]: "C0", rows[-1]["batch"]: "C1"}.items():
             part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
             for key, style, label in (("us", "o-", "one call of T tokens"),
                                       ("us_single_steps", "--", "T calls of one token"),
