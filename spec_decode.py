@@ -223,7 +223,10 @@ class Decoder:
 
 
 def capture(function, generator=None):
-    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)"""
+    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)
+
+    Replaying launches the same kernels on the same addresses, all at once, without Python.
+    """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -450,6 +453,8 @@ class NGramDraft:
 def latest_match(tokens, length, n, least):
     """Where the latest earlier occurrence of a row's last n (or fewer) tokens ends; 0: nowhere.
 
+    In 7 8 1 7 8 the suffix 7 8 also ends before index 2, so the 1 there is drafted first.
+
     tokens (b,width)  length (b,) -> (b,) index of the token that followed
     """
     windows = F.pad(tokens, (n, 0), value=-1).unfold(1, n, 1)       # (b,width+1,n) the n before
@@ -503,6 +508,8 @@ def accept(logits, proposal, sampling, simulate=None):
     Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
     d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
     max(0, p_i - q_i), normalised; where all stand, from p_K. Both cases are one when q_K = 0.
+    Why that is p: d is drafted and stands with q min(1, p / q) = min(p, q), which p exceeds by
+    max(0, p - q); and sum max(0, p - q) = 1 - sum min(p, q), the chance that nothing stood.
     simulate: SIMULATED acceptance for timing, each token stands with this probability.
 
     logits (b,K+1,V) -> n_accepted (b,), next token (b,)
@@ -783,10 +790,12 @@ def bench(args, device):
     """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
 
     floor: share of the time in which the weights could at best be read. verify: a round of K + 1
-    tokens over a plain step. bound: # Gen / (1.1 + K x draft bytes / target bytes).
+    tokens over a plain step. bound: # Gen / (1.1 + K x draft bytes / target bytes), what a round
+    of 1.1 steps and a draft that costs only its bytes would bring.
     """
     cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
     sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
+    simulate = args.simulate_acceptance
     require(set(sizes) <= {shape for shape, _ in BENCH}, f"--sizes {args.sizes}: want some of "
             "2.8b,7b,8b,tiny")
     about = {"device": torch.cuda.get_device_name() if cuda else "CPU",
@@ -807,8 +816,7 @@ def bench(args, device):
                 draft = ModelDraft(random_model(spec, int(spec != "130m"), device))
             else:
                 draft = read_draft(spec, target, device, words)
-            P = args.simulate_acceptance
-            P = acceptance_for(gen, K) if P is None else P
+            P = acceptance_for(gen, K) if simulate is None else simulate
             fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
             ratio = weight_bytes(draft.model) / weight
             row = {"target": f"{shape} {share:.0%} attention", "K": K,
@@ -834,18 +842,18 @@ KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
 
 
 def kernel_inputs(mixer, H, G, P, N, b, T, slots, device):
-    """One layer's arguments of `multi_step`, up to the rings.
+    """One layer's arguments of `multi_step`, up to the rings; each letter is an axis.
 
-    mamba2: one Delta a head, x in groups (p, gx = 1, G); mamba: per channel, x in heads (P, H).
+    mamba2: one Delta a head, x in groups (p = n = 1, g = G); mamba: per channel, x in heads.
     """
-    p, n, gx = (1, 1, G) if mixer == "mamba2" else (P, N, H)
-    like, wide = dict(device=device, dtype=DTYPE[device.type]), dict(device=device)
-    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),          # x, dt
-            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),           # B, C
-            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3,                # A, dt_bias
-            torch.randn(H, p, **wide), torch.randn(b, T, H, P, **like),                 # D, z
-            torch.randn(b, H, P, N, **wide), torch.randn(b, slots, gx, P, **like),  # state, ring_x
-            torch.rand(b, slots, H, p, **wide) / 10, torch.randn(b, slots, G, N, **like)]
+    p, n, g = (1, 1, G) if mixer == "mamba2" else (P, N, H)
+    sizes = dict(b=b, T=T, s=slots, H=H, G=G, P=P, N=N, p=p, n=n, g=g)
+    like = dict(device=device, dtype=DTYPE[device.type])
+    x, dt, B, C, z, ring_x, ring_B = (torch.randn([sizes[axis] for axis in shape], **like)
+                                      for shape in "bTgP bTHp bTGN bTHN bTHP bsgP bsGN".split())
+    A, bias, D, state, ring_dt = (torch.randn([sizes[axis] for axis in shape], device=device)
+                                  for shape in "Hpn Hp Hp bHPN bsHp".split())
+    return [x, dt, B, C, -A.abs(), bias - 3, D, z, state, ring_x, ring_dt.abs() / 10, ring_B]
 
 
 def bench_kernel(args, device):
