@@ -625,11 +625,19 @@ def checkpoint_tensors(folder):
 def hollow_hybrid(config, dtype, *layout, **switches):
     """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
 
-    layout, switches: its other arguments. RoPE's frequencies, in no checkpoint, are hollow too.
+    layout, switches: its other arguments.
     """
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return M.convert_to_hybrid(teacher, *layout, **switches).eval()
+
+
+def fill(model, tensors):
+    """Give a hollow model its parameters, {name: tensor}, as they are: nothing is copied."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
+    return model
 
 
 def authors_hybrid(folder, dtype):
@@ -684,10 +692,7 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
         ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
     unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
     require(not unknown, f"{unknown[:1]}: unknown tensor of a {kind} checkpoint")
-    model.load_state_dict(ours, strict=False, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)
-    return model
+    return fill(model, ours)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -754,11 +759,11 @@ def shape_config(shape):
 
 def random_model(shape, share, device):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    with device:
-        teacher = AutoModelForCausalLM.from_config(shape_config(shape), dtype=DTYPE[device.type])
-        keep = M.attention_layers(share, len(teacher.model.layers))
-        layout = {} if share else dict(mixer="mamba", d_state=16)
-        return M.convert_to_hybrid(teacher.eval(), keep, **layout)
+    config, layout = shape_config(shape), {} if share else dict(mixer="mamba", d_state=16)
+    keep = M.attention_layers(share, config.num_hidden_layers)
+    model = hollow_hybrid(config, DTYPE[device.type], keep, **layout)
+    return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
+                        for name, p in model.named_parameters()}).to(device)
 
 
 def weight_bytes(model):
