@@ -25,32 +25,28 @@ Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algo
 import copy
 import json
 import os
+import random
 import sys
 import time
-from bisect import bisect_left
+import timeit
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers.utils import cached_file
+from torch.utils.benchmark import timer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.utils import has_file
 
-import mamba_in_llama
-from mamba_in_llama import (
-    COUNT,
-    SHARE,
-    AttentionState,
-    MixerCache,
-    checked,
-    in_eights,
-    make_parser,
-    require,
-)
+import mamba_in_llama as M
+from mamba_in_llama import AttentionState, MixerCache, in_eights, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -124,7 +120,7 @@ class Sampling:
 class DecodeResult:
     """What decoding returns; times exclude the prompt and the capture of CUDA graphs."""
 
-    tokens: list                       # b 1-D tensors, the new tokens without the prompt
+    tokens: list                       # b of (n,), the new tokens without the prompt
     rounds: int                        # calls of the target after the prompt
     drafted: int                       # tokens drafted, over all rows
     accepted: int                      # of these, accepted (before a cut at an end token)
@@ -151,13 +147,13 @@ class Rows:
 
     def append(self, block, n):
         """Emit the first n (b,) tokens of block (b,T), cut after an end token and at the budget."""
-        t = torch.arange(block.shape[1], device=block.device)
-        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)
+        t = torch.arange(block.shape[1], device=block.device)                       # (T,)
+        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)         # (b,)
         is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])         # (b,T)
         ended = is_end.any(-1)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
-        bin_ = self.tokens.shape[1] - 1
-        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)
+        bin_ = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
+        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)          # (b,T)
         self.tokens.scatter_(1, at.clamp(max=bin_), block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
@@ -183,17 +179,16 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     for i, p in enumerate(prompts):
         require(p.ndim == 1 and len(p) > 0, f"prompt {i} of shape {tuple(p.shape)} is empty or not "
                 "a row of token ids")
-        bad = [int(v) for v in p.aminmax() if not 0 <= v < vocab]
-        require(not bad, f"prompt {i} holds token {bad and bad[-1]}, outside the target's "
-                f"vocabulary of {vocab}")
     ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
     require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
             f"vocabulary of {vocab}")
-    length = torch.tensor([len(p) for p in prompts])
-    padded, mask = (pad_sequence(v, batch_first=True, padding_side="left") for v in (
-        prompts, [torch.ones_like(p) for p in prompts]))
+    length = torch.tensor([len(p) for p in prompts])                            # (b,)
+    padded = pad_sequence(prompts, batch_first=True, padding_side="left")       # (b,l)
+    M.check_vocabulary(target, padded)
+    mask = (torch.arange(-padded.shape[1], 0) >= -length[:, None]).long()       # (b,l)
     # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
-    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, max_new_tokens + 2 * lookahead + 2))
+    room = max_new_tokens + 2 * lookahead + 2
+    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, room))          # (b,width+1)
     rows = Rows(*(v.to(device) for v in (
         tokens, length, length + max_new_tokens, torch.zeros_like(length, dtype=torch.bool),
         torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
@@ -209,11 +204,10 @@ class Decoder:
     """A model and its cache: its own prefill and decode, or the free functions."""
 
     def __init__(self, model, rows, ring):
-        b, width = rows.tokens.shape
+        (b, width), own = rows.tokens.shape, partial(getattr, model)
         self.cache = MixerCache.allocate(model, b, width, ring)
-        self._prefill, self._decode = (
-            getattr(model, name, partial(getattr(mamba_in_llama, name), model))
-            for name in ("prefill", "decode"))
+        self._prefill = own("prefill", partial(M.prefill, model))
+        self._decode = own("decode", partial(M.decode, model))
         context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
                 f"{longest} tokens is longer than the context of {context}")
@@ -229,7 +223,10 @@ class Decoder:
 
 
 def capture(function, generator=None):
-    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)"""
+    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)
+
+    Replaying launches the same kernels on the same addresses, all at once, without Python.
+    """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -323,6 +320,7 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
     decoder = Decoder(target, rows, ring=16 if cuda else 0)
 
     def step():
+        """One token more in every live row."""
         logits = decoder.decode(rows.last[:, None])[:, 0]                       # (b,V)
         if cuda:
             decoder.cache.commit(rows.alive)
@@ -343,7 +341,10 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
 
 @dataclass
 class Proposal:
-    """K drafted tokens per row, and how likely the draft was to draft each."""
+    """K drafted tokens per row, and how likely the draft was to draft each.
+
+    Rows share one shape: where one drafts fewer, the rest is filler that never stands.
+    """
 
     tokens: torch.Tensor               # (b,K)
     q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
@@ -388,13 +389,13 @@ class ModelDraft:
         rows, cache = self.rows, self.decoder.cache
         self.missing = (rows.length - cache.length).clamp(1, 2)                 # (b,)
         width = 2 if cache.counts.is_cuda else int(self.missing.max())
-        first = rows.length - self.missing
-        at = first[:, None] + torch.arange(width, device=first.device)
+        first = rows.length - self.missing                                      # (b,)
+        at = first[:, None] + torch.arange(width, device=first.device)          # (b,width)
         logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing if width > 1 else None)
         logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
         chosen = [self.choose(logits)]
         while len(chosen) < self.K:
-            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]
+            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]          # (b,V)
             chosen.append(self.choose(logits))
         tokens, qs = zip(*chosen)
         return Proposal(torch.stack(tokens, 1), None if qs[0] is None else torch.stack(qs, 1))
@@ -438,11 +439,11 @@ class NGramDraft:
         if not tokens.is_cuda:
             tokens = tokens[:, :int(rows.length.max())]
         start = latest_match(tokens, rows.length, self.n, self.least)           # (b,)
-        found = (rows.alive & (start > 0))[:, None]
+        found = (rows.alive & (start > 0))[:, None]                             # (b,1)
         K = self.K if tokens.is_cuda or found.any() else 0
         # past the end of the context the continuation repeats itself
-        period = (rows.length - start)[:, None]
-        at = start[:, None] + torch.arange(K, device=start.device) % period
+        period = (rows.length - start)[:, None]                                 # (b,1)
+        at = start[:, None] + torch.arange(K, device=start.device) % period     # (b,K)
         return Proposal(tokens.gather(1, at), counts=found.expand(-1, K))
 
     def settle(self, n_accepted):
@@ -452,13 +453,16 @@ class NGramDraft:
 def latest_match(tokens, length, n, least):
     """Where the latest earlier occurrence of a row's last n (or fewer) tokens ends; 0: nowhere.
 
+    In 7 8 1 7 8 the suffix 7 8 also ends before index 2, so the 1 there is drafted first.
+
     tokens (b,width)  length (b,) -> (b,) index of the token that followed
     """
     windows = F.pad(tokens, (n, 0), value=-1).unfold(1, n, 1)       # (b,width+1,n) the n before
     suffix = windows[torch.arange(len(length), device=length.device), length]       # (b,n)
     same = (windows == suffix[:, None]).flip(-1).long().cumprod(-1).sum(-1)     # (b,width+1) 0..n
     end = torch.arange(windows.shape[1], device=tokens.device)
-    fits = (same >= least) & (end < length[:, None])                # a longer match, then a later
+    fits = (same >= least) & (end < length[:, None])                # (b,width+1)
+    # the longest match, of those the latest: length and end as the digits of one number
     return torch.where(fits, same * len(end) + end, 0).amax(-1) % len(end)
 
 
@@ -471,20 +475,18 @@ def LayerSubsetDraft(model, layers):
     L, layers = len(model.model.layers), [int(i) for i in layers]
     require(layers and all(0 <= i < L for i in layers) and len(set(layers)) == len(layers),
             f"draft layers {layers}: must be different indices in 0..{L - 1}")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
-    if hasattr(config, "attn_layers"):
-        config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
-    with torch.device("meta"):
-        draft = type(model)(config)
-    for ours, i in zip(draft.model.layers, layers):
-        ours.load_state_dict(model.model.layers[i].state_dict(keep_vars=True), assign=True)
-    for name in ("embed_tokens", "norm", "rotary_emb"):
-        setattr(draft.model, name, getattr(model.model, name))
-    draft.lm_head, draft.generation_config = model.lm_head, model.generation_config
-    return draft.train(model.training)
+    # modules and configs are copied; what the memo holds, all tensors, is shared instead
+    draft = copy.deepcopy(model, {id(v): v for v in chain(model.parameters(), model.buffers())})
+    draft.model.layers = nn.ModuleList(draft.model.layers[i] for i in layers)
+    for j, layer in enumerate(draft.model.layers):
+        layer.self_attn.layer_idx = j
+    for config in {id(c): c for c in (draft.config, draft.model.config)}.values():
+        config.num_hidden_layers = len(layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in layers]
+        if hasattr(config, "attn_layers"):
+            config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
+    return draft
 
 
 # ---------------------------------------------------------------------------------------------
@@ -506,6 +508,8 @@ def accept(logits, proposal, sampling, simulate=None):
     Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
     d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
     max(0, p_i - q_i), normalised; where all stand, from p_K. Both cases are one when q_K = 0.
+    Why that is p: d is drafted and stands with q min(1, p / q) = min(p, q), which p exceeds by
+    max(0, p - q); and sum max(0, p - q) = 1 - sum min(p, q), the chance that nothing stood.
     simulate: SIMULATED acceptance for timing, each token stands with this probability.
 
     logits (b,K+1,V) -> n_accepted (b,), next token (b,)
@@ -532,6 +536,9 @@ def accept(logits, proposal, sampling, simulate=None):
 
 def verify(target, rows, proposal, sampling, simulate=None):
     """VERIFY: one multi-step call on [last token, K drafted ones]; commit what stands.
+
+    The paper's MultiStep(h_i, y_{1:k}, i, j, k) is `decode`: the cache holds h_i and the inputs of
+    i..j to replay. Going on from h_k, or from h_j after a conflict, is the count in `commit`.
 
     target: a Decoder -> n_accepted (b,), next token (b,)
     """
@@ -562,6 +569,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     draft.start(target, rows, lookahead, sampling, ring)
 
     def check(proposal):
+        """VERIFY a proposal, roll the draft back, emit what stands and the target's own token."""
         n, token = verify(decoder, rows, proposal, sampling, simulate)
         draft.settle(n)
         if on_round is not None:
@@ -571,6 +579,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         rows.append(block, n + 1)
 
     def step():
+        """One round."""
         check(draft.propose())
 
     if rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True):
@@ -579,6 +588,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         judge, _ = capture(lambda: check(proposal), generator)
 
         def step():
+            """The same round as two graphs, without a look at the device."""
             propose()
             judge()
 
@@ -591,68 +601,62 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
 # 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
 # ---------------------------------------------------------------------------------------------
 
-# their names inside `mamba.` where they differ from ours inside `self_attn.`; five matrices of
-# their Mamba are rows of our in_proj
-RENAMED = {"norm.weight": "norm_weight", "dt_proj.bias": "dt_bias"}
-IN_PROJ = {"in_proj_z.weight": "z", "in_proj_x.weight": "x", "B_proj.weight": "B",
-           "C_proj.weight": "C", "dt_proj_down.weight": "dt"}
+# Our tensors inside `self_attn.` and those inside their `mamba.` that they are made of, where it
+# is not one of the same name. Their projections have no biases; what their Mamba2 reads with one
+# matrix, their Mamba reads with five: the rows of our in_proj, in this order.
+NO_BIASES = {"in_proj.bias": (), "out_proj.bias": ()}
+MADE_OF = {"mamba2": {"norm_weight": ("norm.weight",), **NO_BIASES},
+           "mamba": {"in_proj.weight": ("in_proj_z.weight", "in_proj_x.weight", "B_proj.weight",
+                                        "C_proj.weight", "dt_proj_down.weight"),
+                     "dt_bias": ("dt_proj.bias",), **NO_BIASES}}
 
 
 def checkpoint_tensors(folder):
-    """(name, tensor) of every safetensors or .bin file of a directory, mapped, not read."""
-    names = sorted(os.listdir(folder))
-    files = [n for n in names if n.endswith(".safetensors")] or [
-        n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
-    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
-    for path in (os.path.join(folder, name) for name in files):
-        if path.endswith(".bin"):
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
-        else:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    yield key, file.get_tensor(key)
+    """{name: tensor} of every safetensors or .bin file of a directory, mapped, not read."""
+    tensors = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(path)
+    for path in [] if tensors else sorted(Path(folder).glob("pytorch_model*.bin")):
+        tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    require(tensors, f"{folder} holds neither safetensors nor pytorch_model.bin")
+    return tensors
 
 
-def hybrid_config(fields, attn_layers, recipe, **switches):
-    """A HybridConfig around the fields of a teacher's config."""
-    drop = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "_name_or_path")
-    return mamba_in_llama.HybridConfig(
-        **{k: v for k, v in fields.items() if k not in drop}, teacher_type=fields["model_type"],
-        attn_layers=attn_layers, recipe=recipe, **{**mamba_in_llama.RECIPES[recipe], **switches})
+def hollow_hybrid(config, dtype, *layout, **switches):
+    """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
+
+    layout, switches: its other arguments.
+    """
+    with torch.device("meta"):
+        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return M.convert_to_hybrid(teacher, *layout, **switches).eval()
 
 
-def authors_config(folder):
-    """config.json (the teacher's) and mamba_config.json as one HybridConfig."""
-    read = []
+def fill(model, tensors):
+    """Give a hollow model its parameters, {name: tensor}, as they are: nothing is copied."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
+    return model
+
+
+def authors_hybrid(folder, dtype):
+    """config.json (the teacher's) and mamba_config.json, as a hollow hybrid of their layout."""
     for name in "config.json", "mamba_config.json":
-        path = os.path.join(folder, name)
-        require(os.path.isfile(path), f"{folder} has no {name}: not in the format of the authors' "
-                "checkpoints")
-        with open(path) as file:
-            read.append(json.load(file))
-    (fields, theirs), heads = read, read[0]["num_attention_heads"]
+        require(Path(folder, name).is_file(), f"{folder} has no {name}: not in the format of the "
+                "authors' checkpoints")
+    theirs = json.loads(Path(folder, "mamba_config.json").read_text())
     ssm = theirs.get("ssm_cfg") or {}
-    mamba = not ("ngroups" in ssm or ssm.get("layer") == "Mamba2")
-    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-    for name, ours, unit in (("d_xb", fields.get("num_key_value_heads", heads) * head_dim, "K/V"),
-                             ("d_inner", heads * head_dim, "query")):
-        require(theirs.get(name) in (None, ours), f"mamba_config.json: {name} {theirs.get(name)}, "
-                f"but the {unit} heads of config.json make {ours}")
-    return hybrid_config(fields, sorted(theirs["attn_layers"]), "paper", norm=not mamba,
-                         mixer="mamba" if mamba else "mamba2", group_by_state=mamba,
-                         d_state=ssm.get("d_state", 16 if mamba else head_dim),
-                         d_conv=ssm.get("d_conv", 4))
-
-
-def our_place(model, key):
-    """Where a tensor of theirs belongs in `model`. -> our name, first row (all rows follow)"""
-    prefix, mamba, theirs = key.rpartition("mamba.")
-    if not mamba:
-        return key, 0
-    if theirs in IN_PROJ:
-        rows = model.get_submodule(prefix + "self_attn").rows[IN_PROJ[theirs]]
-        return f"{prefix}self_attn.in_proj.weight", rows.start
-    return f"{prefix}self_attn.{RENAMED.get(theirs, theirs)}", 0
+    mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
+    model = hollow_hybrid(
+        AutoConfig.from_pretrained(folder), dtype, theirs["attn_layers"], recipe="paper",
+        mixer="mamba2" if mamba2 else "mamba", d_state=ssm.get("d_state", None if mamba2 else 16),
+        d_conv=ssm.get("d_conv", 4), group_by_state=not mamba2)
+    for name, mixer in product(("d_xb", "d_inner"), model.mixers().values()):
+        said, made = theirs.get(name), getattr(mixer, name)
+        require(said in (None, made), f"mamba_config.json: {name} {said}, but the heads of "
+                f"config.json make {made}")
+    return model
 
 
 @torch.no_grad()
@@ -670,40 +674,34 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
             folder = snapshot_download(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
-    config, dtype = authors_config(folder), dtype or torch.bfloat16
-    with torch.device("meta"):
-        model = mamba_in_llama.HybridForCausalLM(config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # not in the files
-    wanted, found = dict(model.named_parameters()), {}      # found: {our name: {first row: tensor}}
-    for key, tensor in checkpoint_tensors(folder):
-        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and key not in wanted:
-            continue
-        name, row = our_place(model, key)
-        require(name in wanted, f"{key}: unknown tensor of a {config.mixer} checkpoint")
-        wide = name.rpartition(".")[2] in model._keep_in_fp32_modules_strict
-        tensor = 2 * tensor if key.endswith("dt_proj.bias") else tensor
-        found.setdefault(name, {})[row] = tensor.to(
-            torch.promote_types(dtype, torch.float32) if wide else dtype)
-    for i in model.mixers():                        # the authors' projections have no biases
-        for name in "in_proj.bias", "out_proj.bias":
-            name = f"model.layers.{i}.self_attn.{name}"
-            found[name] = {0: torch.zeros(wanted[name].shape, dtype=dtype)}
-    lacking, state = sorted(wanted.keys() - found), {}
-    require(not lacking, f"{folder} lacks {len(lacking)} tensors, e.g. {lacking[:1]}")
-    for name, ours in wanted.items():
-        parts = [tensor for _, tensor in sorted(found.pop(name).items())]
-        state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        require(state[name].shape == ours.shape, f"{folder}: {name} has shape "
-                f"{tuple(state[name].shape)}, but {tuple(ours.shape)} is needed")
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    model, ours = authors_hybrid(folder, dtype or torch.bfloat16), {}
+    theirs, kind = checkpoint_tensors(folder), model.config.mixer
+    for name, p in model.named_parameters():
+        layer, _, inside = name.partition(".self_attn.")
+        parts = [name]                              # as in the teacher, also where attention stays
+        if inside and int(layer.rpartition(".")[2]) in model.mixers():
+            parts = [f"{layer}.mamba.{part}" for part in MADE_OF[kind].get(inside, [inside])]
+        lacking = [part for part in parts if part not in theirs]
+        require(not lacking, f"{folder} lacks {lacking[:1]}")
+        # of in_proj: z (d_inner,D), x (d_xb,D), B (d_xb,D), C (d_inner,D), dt (rank,D)
+        tensors = [theirs.pop(part) for part in parts] or [torch.zeros(p.shape)]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
+                f"but {tuple(p.shape)} is needed")
+        twice = kind == "mamba" and inside == "dt_bias"                         # (d_inner,)
+        ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
+    unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
+    require(not unknown, f"{unknown[:1]}: unknown tensor of a {kind} checkpoint")
+    return fill(model, ours)
 
 
 # ---------------------------------------------------------------------------------------------
 # 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
 # ---------------------------------------------------------------------------------------------
 
+# Decoding is timed at batch 1, as in the paper, without the prompt. On CUDA all that is timed runs
+# as captured graphs: else it would be the host's launches.
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}      # what models decode in, by device
 # width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
 # 0 % hybrids (so with MLPs) of the paper's parameter counts.
 SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
@@ -713,39 +711,30 @@ SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
           "8b": (4096, 14336, 32, 32, 8, 128256, False),              # Llama-3-8B
           "smollm2": (576, 1536, 30, 9, 3, 49152, True),              # SmolLM2-135M
           "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
-# target, its attention share, draft (one of SHAPES, or the target's layers), draft's words, K, and
-# the paper's # Gen and speed-up (# Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4)
-BENCH = [("2.8b", 0, "130m", None, 3, 3.9, 1.71), ("2.8b", 0, "130m", None, 4, 3.9, 1.85),
-         ("7b", 0, "1b", None, 3, 3.28, 1.95), ("7b", 0, "1b", None, 4, 3.6, 2.0),
-         ("8b", 0.5, "layers:0,31", None, 4, 2.48, 1.8),
-         ("8b", 0.5, "layers:0,10,20,31", None, 4, 3.6, 1.6),
-         ("8b", 0.5, "layers:0,10,20,31", 32768, 4, 3.6, 1.6),
-         ("8b", 0.25, "layers:0,31", None, 4, 2.64, 1.88),
-         ("8b", 0.25, "layers:0,10,20,31", None, 4, 3.6, 1.58),
-         ("8b", 0.25, "layers:0,10,20,31", 32768, 4, 3.6, 1.58),
-         ("tiny", 0, "nano", None, 4, 3.6, None), ("tiny", 0.5, "layers:0,7", 1024, 4, 2.48, None)]
-
-
-def seconds(function, cuda):
-    """Wall-clock time of one call, with what it queued on the device."""
-    if cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+# {(target, its attention share): [(draft: one of SHAPES or the target's layers, its words, K,
+# the paper's # Gen and speed-up)]}; # Gen of 2.8B at K = 3 is printed as 4.04, above its bound of 4
+BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85)],
+         ("7b", 0): [("1b", None, 3, 3.28, 1.95), ("1b", None, 4, 3.6, 2.0)],
+         ("8b", 0.5): [("layers:0,31", None, 4, 2.48, 1.8),
+                       ("layers:0,10,20,31", None, 4, 3.6, 1.6),
+                       ("layers:0,10,20,31", 32768, 4, 3.6, 1.6)],
+         ("8b", 0.25): [("layers:0,31", None, 4, 2.64, 1.88),
+                        ("layers:0,10,20,31", None, 4, 3.6, 1.58),
+                        ("layers:0,10,20,31", 32768, 4, 3.6, 1.58)],
+         ("tiny", 0): [("nano", None, 4, 3.6, None)],
+         ("tiny", 0.5): [("layers:0,7", 1024, 4, 2.48, None)]}
 
 
 def clock(calls, cuda):
     """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
     def run():
-        for f in calls:
-            f()
+        """Each call once, in a row."""
+        for call in calls:
+            call()
 
     calls[0]()
     once = capture(run)[0] if cuda else run
-    return sorted(seconds(once, cuda) for _ in range(5))[2]
+    return sorted(timeit.repeat(once, timer=timer, number=1, repeat=5))[2]      # waits for a GPU
 
 
 def memory_bandwidth(device):
@@ -756,109 +745,97 @@ def memory_bandwidth(device):
     """
     cuda = device.type == "cuda"
     a, b = (torch.ones(2 ** (28 if cuda else 26), device=device) for _ in "ab")
-    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, lambda: a.sum())]
-    return max(10 * passes * 4 * a.numel() / clock([f] * 10, cuda)
-               for passes, f in ways for _ in range(3 if cuda else 1))
+    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, a.sum)]      # bytes, of a's
+    return max(10 * passes * a.nbytes / clock([way] * 10, cuda)
+               for passes, way in ways for _ in range(3 if cuda else 1))
 
 
-def shape_config(shape, share, **switches):
-    """A near_linear hybrid of one of SHAPES, or around a teacher's own config."""
-    if isinstance(shape, str):
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "vocab_size", "tie_word_embeddings")
-        shape = LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
-    keep = mamba_in_llama.attention_layers(share, shape.num_hidden_layers)
-    return hybrid_config(shape.to_dict(), keep, "near_linear", **switches)
+def shape_config(shape):
+    """The config of a Llama of one of SHAPES."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+    return LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
 
 
-def random_model(shape, share, device, dtype):
+def random_model(shape, share, device):
     """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    config = shape_config(shape, share, **({} if share else dict(mixer="mamba", d_state=16)))
-    with device:
-        model = mamba_in_llama.HybridForCausalLM._from_config(config, dtype=dtype)
-    for name, p in model.named_parameters():
-        if name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict:
-            p.data = p.data.to(torch.promote_types(dtype, torch.float32))
-    return model.eval()
+    config, layout = shape_config(shape), {} if share else dict(mixer="mamba", d_state=16)
+    keep = M.attention_layers(share, config.num_hidden_layers)
+    model = hollow_hybrid(config, DTYPE[device.type], keep, **layout)
+    return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
+                        for name, p in model.named_parameters()}).to(device)
 
 
-def weight_bytes(model, words=None):
-    """Bytes of weights that one decoding step reads: all but the other rows of the embedding."""
-    head, table = model.lm_head.weight, model.get_input_embeddings().weight
-    rest = sum(p.numel() * p.element_size() for p in model.parameters()
-               if p is not head and p is not table)
-    return rest + (words or len(head)) * head.shape[1] * head.element_size()
+def weight_bytes(model):
+    """Bytes of weights that one decoding step reads: all but the embedding, and the head."""
+    tables = {id(model.get_input_embeddings().weight), id(model.lm_head.weight)}
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
+    return rest + model.get_output_embeddings().weight.nbytes       # of some drafts a cut one
 
 
-@torch.no_grad()
-def step_seconds(model, T, prompt, calls=48):
-    """Mean time of a call of T tokens, all accepted, over cycles of a ring of 16. prompt (1,l)"""
-    rows = read_prompts(model, prompt, calls * T, T, None)[0]
-    decoder, tokens = Decoder(model, rows, ring=16), rows.last.repeat(1, T)     # (1,T)
-    all_stand = torch.full_like(rows.length, T)
+def round_seconds(target, K, prompt, rounds=48):
+    """Mean time of a round whose K drafted tokens cost nothing and all stand: what VERIFY costs.
 
-    def call():
-        decoder.decode(tokens)
-        decoder.cache.commit(all_stand)
-
-    if prompt.is_cuda:
-        warm_up(call)
-        call, _ = capture(call)
-    decoder.prefill(prompt, None)
-    return seconds(lambda: [call() for _ in range(calls)], prompt.is_cuda) / calls
+    prompt (1,l)
+    """
+    tokens = torch.ones(1, K, dtype=torch.long, device=prompt.device)
+    free = SimpleNamespace(propose=lambda: Proposal(tokens), **dict.fromkeys(
+        ("start", "prefill", "settle"), lambda *args: None))
+    made = speculative_decode(target, free, prompt, rounds * (K + 1), K, simulate=1.0)
+    return made.seconds / made.rounds
 
 
 def acceptance_for(gen, K):
     """The chance P per token for which # Gen = 1 + P + ... + P^K, to four digits."""
-    return bisect_left(range(10 ** 4), gen, key=lambda i: sum((i / 1e4) ** j
-                                                              for j in range(K + 1))) / 1e4
+    chances = (i / 1e4 for i in range(10 ** 4))
+    return next((P for P in chances if sum(P ** j for j in range(K + 1)) >= gen), 1.0)
 
 
 def bench(args, device):
     """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
 
-    floor: share of the time in which the weights could at best be read. verify: a call of K + 1
-    tokens over one of 1. bound: # Gen / (1.1 + K x draft bytes / target bytes).
+    floor: share of the time in which the weights could at best be read. verify: a round of K + 1
+    tokens over a plain step. bound: # Gen / (1.1 + K x draft bytes / target bytes), what a round
+    of 1.1 steps and a draft that costs only its bytes would bring.
     """
-    cuda, rows, built = device.type == "cuda", [], None
-    dtype, sizes = torch.bfloat16 if cuda else torch.float32, args.sizes or (
-        "2.8b,7b,8b" if cuda else "tiny")
-    require(set(sizes.split(",")) <= {r[0] for r in BENCH}, f"--sizes {sizes}: want some of "
+    cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
+    sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
+    simulate = args.simulate_acceptance
+    require(set(sizes) <= {shape for shape, _ in BENCH}, f"--sizes {args.sizes}: want some of "
             "2.8b,7b,8b,tiny")
-    about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "dtype": str(dtype),
-             "torch": torch.__version__, "memory_bytes_per_s": memory_bandwidth(device)}
+    about = {"device": torch.cuda.get_device_name() if cuda else "CPU",
+             "dtype": str(DTYPE[device.type]), "torch": torch.__version__,
+             "memory_bytes_per_s": memory_bandwidth(device)}
     print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
     print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
           f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
-    prompt = torch.arange(1, 33, device=device)[None]
-    for shape, share, spec, words, K, gen, paper in BENCH:
-        if shape not in sizes.split(","):
+    for (shape, share), trials in BENCH.items():
+        if shape not in sizes:
             continue
-        if built != (shape, share):                     # one target in memory at a time
-            target, draft, built = None, None, (shape, share)
-            target = random_model(shape, share, device, dtype)
-            plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
-            one = step_seconds(target, 1, prompt)
-        if spec.startswith("layers:"):
-            draft = read_draft(spec, target, device, words)
-        else:                                           # 130m is pure Mamba, the others attention
-            draft = ModelDraft(random_model(spec, int(spec != "130m"), device, dtype))
-        P = acceptance_for(gen, K) if args.simulate_acceptance is None else args.simulate_acceptance
-        fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
+        target = draft = None                           # one target in memory at a time
+        target = random_model(shape, share, device)
+        plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
         weight = weight_bytes(target)
-        ratio = weight_bytes(draft.model, words) / weight
-        row = {"target": f"{shape} {share:.0%} attention", "K": K, "gen": fast.tokens_per_round,
-               "draft": spec + (f", {words // 1024}k words" if words else ""),
-               "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
-               "share_of_floor": plain * weight / about["memory_bytes_per_s"],
-               "verify_over_step": step_seconds(target, K + 1, prompt) / one,
-               "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
-               "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio,
-               "simulated_acceptance": P, "paper_gen": gen}
-        rows.append(row | about)
-        print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
-              "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
-              "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
+        for spec, words, K, gen, paper in trials:
+            if spec in SHAPES:                          # 130m is pure Mamba, the others attention
+                draft = ModelDraft(random_model(spec, int(spec != "130m"), device))
+            else:
+                draft = read_draft(spec, target, device, words)
+            P = acceptance_for(gen, K) if simulate is None else simulate
+            fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
+            ratio = weight_bytes(draft.model) / weight
+            row = {"target": f"{shape} {share:.0%} attention", "K": K,
+                   "draft": spec + (f", {words // 1024}k words" if words else ""),
+                   "gen": fast.tokens_per_round, "paper_gen": gen, "simulated_acceptance": P,
+                   "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
+                   "share_of_floor": plain * weight / about["memory_bytes_per_s"],
+                   "verify_over_step": round_seconds(target, K, prompt) * plain,
+                   "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
+                   "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio}
+            rows.append(row | about)
+            print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
+                  "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
+                  "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
     return rows
 
 
@@ -867,56 +844,46 @@ KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
                  "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
                  "mamba 4096x16": ("mamba", 256, 64, 16, 16),
                  "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
-SMALL_LAYERS = {"mamba2 4x32x32": ("mamba2", 4, 2, 32, 32),
-                "mamba 256x16": ("mamba", 16, 8, 16, 16)}
 
 
-def kernel_inputs(layer, b, T, ring, device, dtype):
-    """One layer's arguments of `multi_step`, up to the rings."""
-    (mixer, H, G, P, N), like, wide = layer, dict(device=device, dtype=dtype), dict(device=device)
-    (p, n, gx), slots = (1, 1, G) if mixer == "mamba2" else (P, N, H), 2 * ring
-    return [torch.randn(b, T, gx, P, **like), torch.randn(b, T, H, p, **like),
-            torch.randn(b, T, G, N, **like), torch.randn(b, T, H, N, **like),
-            -torch.rand(H, p, n, **wide), torch.randn(H, p, **wide) - 3, torch.randn(H, p, **wide),
-            torch.randn(b, T, H, P, **like), torch.randn(b, H, P, N, **wide),
-            torch.randn(b, slots, gx, P, **like), torch.rand(b, slots, H, p, **wide) / 10,
-            torch.randn(b, slots, G, N, **like)]
+def kernel_inputs(mixer, H, G, P, N, b, T, slots, device):
+    """One layer's arguments of `multi_step`, up to the rings; each letter is an axis.
 
-
-def flush_cycle(T, ring):
-    """(base, length) of every call from one flush to the next, all T tokens accepted."""
-    base, length, cycle, flushes = 0, T, [], 0
-    while flushes < 2:
-        flush = length - base + T > ring
-        flushes += flush
-        if flushes:
-            cycle.append((base, length))
-        base, length = length if flush else base, length + T
-    return cycle[:-1]
+    mamba2: one Delta a head, x in groups (p = n = 1, g = G); mamba: per channel, x in heads.
+    """
+    p, n, g = (1, 1, G) if mixer == "mamba2" else (P, N, H)
+    sizes = dict(b=b, T=T, s=slots, H=H, G=G, P=P, N=N, p=p, n=n, g=g)
+    like = dict(device=device, dtype=DTYPE[device.type])
+    x, dt, B, C, z, ring_x, ring_B = (torch.randn([sizes[axis] for axis in shape], **like)
+                                      for shape in "bTgP bTHp bTGN bTHN bTHP bsgP bsGN".split())
+    A, bias, D, state, ring_dt = (torch.randn([sizes[axis] for axis in shape], device=device)
+                                  for shape in "Hpn Hp Hp bHPN bsHp".split())
+    return [x, dt, B, C, -A.abs(), bias - 3, D, z, state, ring_x, ring_dt.abs() / 10, ring_B]
 
 
 def bench_kernel(args, device):
     """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
 
-    The mean over a whole flush cycle; on CUDA one graph, on rotated buffers that exceed the L2.
+    The mean over a whole cycle, from one flush to the next with all T tokens accepted in each
+    call; on CUDA one graph, on rotated buffers that exceed the L2.
     """
     cuda, rows = device.type == "cuda", []
-    dtype, least = (torch.bfloat16, 150 << 20) if cuda else (torch.float32, 0)
     print(f"{'layer':<20}{'batch':>6}{'T':>4}{'us/call':>10}{'T x one':>10}{'copy':>9}")
-    for name, layer in (KERNEL_LAYERS if cuda else SMALL_LAYERS).items():
-        for b in (1, 8, 64, 256) if cuda else (1, 8):
-            size = 4 * b * layer[1] * layer[3] * layer[4]
-            copies = max(1, min(64, -(-least // size)))
-            pairs, one = [torch.empty(2, size // 4, device=device) for _ in range(copies)], 0.0
-            copied = clock([lambda p=p: p[0].copy_(p[1]) for p in pairs], cuda) / copies
+    for name, layer in KERNEL_LAYERS.items():
+        mixer, H, _, P, N = layer
+        for b in (1, 8, 64, 256) if cuda else (1,):
+            size = b * H * P * N                                                # (b,H,P,N) fp32
+            copies = max(1, min(64, -(-(150 << 20) // (4 * size)))) if cuda else 1
+            pairs, one = [torch.empty(2, size, device=device) for _ in range(copies)], 0.0
+            copied = clock([partial(to.copy_, old) for to, old in pairs], cuda) / copies
             for T in range(1, 17):
                 ring = 16 if T <= 8 else 32
-                fold_at = ring if layer[0] == "mamba2" else mamba_in_llama.MAMBA_FOLD_AT
-                sets = [kernel_inputs(layer, b, T, ring, device, dtype) for _ in range(copies)]
-                counts = [torch.tensor([[i] * b, [j] * b, [0] * b], dtype=torch.int32).to(device)
-                          for i, j in flush_cycle(T, fold_at)]
-                calls = [lambda s=s, c=c: mamba_in_llama.multi_step(*s, c, ring=fold_at)
-                         for c in counts for s in sets]
+                fold_at = ring if mixer == "mamba2" else M.MAMBA_FOLD_AT
+                sets = [kernel_inputs(*layer, b, T, 2 * ring, device) for _ in range(copies)]
+                # calls of a cycle find T, 2 T, ... tokens in the ring; the last one folds them
+                counts = [torch.tensor([[0] * b, [n] * b, [0] * b], dtype=torch.int32).to(device)
+                          for n in range(T, max(fold_at, T) + 1, T)]            # (3,b)
+                calls = [partial(M.multi_step, *s, c, ring=fold_at) for c in counts for s in sets]
                 spent = clock(calls, cuda) / len(calls)
                 one = spent if T == 1 else one
                 rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
@@ -927,37 +894,34 @@ def bench_kernel(args, device):
 
 
 def plot(rows, path):
-    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
-                         "lines.linewidth": 2.5, "lines.markersize": 8, "savefig.dpi": 100,
-                         "figure.constrained_layout.use": True})
-    colours = "#0072B2", "#D55E00"                      # Okabe and Ito: colour-blind safe
-    if "layer" not in rows[0]:
-        figure, axis = plt.subplots(figsize=(10, 2 + 0.7 * len(rows)))
-        labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
-        axis.barh(labels, [r["speed_up"] for r in rows], color=colours[0], label="measured")
-        axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "|", ms=24, mew=4,
-                  color=colours[1], label="paper")
-        axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
-    else:
-        layers, batches = ({r[k]: 0 for r in rows} for k in ("layer", "batch"))
-        figure, axes = plt.subplots(-(-len(layers) // 2), 2, figsize=(11, 2 + 2 * len(layers)),
-                                    sharex=True, squeeze=False)
-        for axis, layer in zip(axes.flat, layers):
-            for b, colour, mark in zip((min(batches), max(batches)), colours, "os"):
-                part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
-                for key, style, label in (("us", mark + "-", "one call of T tokens"),
-                                          ("us_single_steps", "--", "T calls of one token"),
-                                          ("us_copy", ":", "a copy of the state")):
-                    if all(key in r for r in part):
-                        axis.plot([r["T"] for r in part], [r[key] for r in part], style,
-                                  color=colour, label=f"batch {b}: {label}")
-            axis.set(title=layer, yscale="log", xticks=(1, 4, 8, 12, 16), ylabel="µs per layer")
-        for axis in axes[-1]:
-            axis.set(xlabel="tokens T")
+    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page.
+
+    matplotlib is optional, so it is imported here; a Figure without pyplot needs no display.
+    """
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+    rcParams.update({"font.size": 16, "lines.linewidth": 2.5, "lines.markersize": 8})
+    layers = list(dict.fromkeys(r.get("layer") for r in rows))
+    figure = Figure((11, 2 + (2 if layers[0] else 0.7 * len(rows)) * len(layers)),
+                    layout="constrained")
+    for i, layer in enumerate(layers, 1):
+        axis = figure.add_subplot(-(-len(layers) // 2), min(2, len(layers)), i)
+        if layer is None:                               # rows of `bench`: one panel, of bars
+            labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
+            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
+            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "C1|", ms=24,
+                      mew=4, label="paper")
+            axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
+            continue
+        axis.set(title=layer, yscale="log", xlabel="tokens T", xticks=(1, 4, 8, 12, 16),
+                 ylabel="µs per layer")
+        for b, colour in {rows[0]["batch"]: "C0", rows[-1]["batch"]: "C1"}.items():
+            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
+            for key, style, label in (("us", "o-", "one call of T tokens"),
+                                      ("us_single_steps", "--", "T calls of one token"),
+                                      ("us_copy", ":", "a copy of the state")):
+                axis.plot([r["T"] for r in part], [r[key] for r in part], colour + style,
+                          label=f"batch {b}: {label}")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
@@ -973,50 +937,47 @@ def needle(args, device):
     Then the size of caches; without --target only that, for SmolLM2's and an 8B Llama's shape.
     """
     if not args.target:
-        return cache_table("SmolLM2-135M", "smollm2") + cache_table("Llama-3-8B", "8b")
+        return [row for name, shape in (("SmolLM2-135M", "smollm2"), ("Llama-3-8B", "8b"))
+                for row in cache_table(name, shape_config(shape))]
     from pydoc_data.topics import topics
     model, tokenizer = load(args.target, device)
-    hay, rows = encode("\n".join(topics[k] for k in sorted(topics)), tokenizer, raw=True), []
-    ask = encode("\nWhat is the magic number? The magic number is", tokenizer, raw=True)
-    draw = torch.Generator().manual_seed(args.seed)
+    read, draw = partial(encode, tokenizer=tokenizer, raw=True), random.Random(args.seed)
+    hay, rows = read("\n".join(topics[k] for k in sorted(topics))), []          # (l,) Python's help
+    ask = read("\nWhat is the magic number? The magic number is")
     print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
           f"{'length':>8}" + "".join(f"{d:7.0%}" for d in args.depths))
     for length in args.lengths:
         for depth in args.depths:
             found = 0
             for _ in range(args.trials):
-                secret = str(int(torch.randint(10000, 99999, (), generator=draw)))
-                fact = encode(f"\nThe magic number is {secret}.\n", tokenizer, raw=True)
+                secret = str(draw.randrange(10000, 99999))
+                fact = read(f"\nThe magic number is {secret}.\n")
                 room = length - len(fact) - len(ask)
-                first = int(torch.randint(len(hay), (), generator=draw))
-                text = hay.roll(-first).repeat(1 + room // len(hay))[:room]
+                text = hay.roll(-draw.randrange(len(hay))).repeat(1 + room // len(hay))[:room]
                 cut = int(depth * room)
-                prompt = torch.cat([text[:cut], fact, text[cut:], ask]).to(device)
+                prompt = torch.cat([text[:cut], fact, text[cut:], ask])                 # (length,)
                 found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
             rows.append({"length": length, "depth": depth, "found": found / args.trials})
-        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]),
-              flush=True)
-    config = model.config
-    return rows + cache_table(args.target, getattr(config, "teacher_config", lambda: config)())
+        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]))
+    return rows + cache_table(args.target, LlamaConfig.from_dict(model.model.config.to_dict()))
 
 
-def cache_table(name, shape):
+def cache_table(name, config):
     """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
-    sizes, rows = (1024, 8192, 65536), []
+    lengths, rows, teachers = (1024, 8192, 65536), [], None
     print(f"\n{name}: cache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
-        f"{n:>18,}" for n in sizes))
+        f"{n:>18,}" for n in lengths))
     for share in (1.0, 0.5, 0.25, 0.0):
-        with torch.device("meta"):                      # shapes without memory
-            model = mamba_in_llama.HybridForCausalLM(shape_config(shape, share)).bfloat16()
-        for n in sizes:
-            layers = MixerCache.allocate(model, 1, n, ring=1).layers
-            size = sum(t.numel() * t.element_size() for layer in layers for t in layer)
-            teachers = rows[len(rows) % len(sizes)]["cache_bytes"] if share < 1 else size
-            rows.append({"model": name, "attention": share, "tokens": n, "cache_bytes": size,
-                         "share_of_teacher": size / teachers})
-        print(f"{share:>10.0%}" + "".join(
-            f"{r['cache_bytes'] / 2 ** 20:11.1f} ({r['share_of_teacher']:4.0%})"
-            for r in rows[-len(sizes):]))
+        model = hollow_hybrid(config, torch.bfloat16, M.attention_layers(
+            share, config.num_hidden_layers))
+        sizes = [sum(t.nbytes for t in chain(*MixerCache.allocate(model, 1, n, ring=1).layers))
+                 for n in lengths]
+        teachers = teachers or sizes
+        rows += [{"model": name, "attention": share, "tokens": n, "cache_bytes": size,
+                  "share_of_teacher": size / whole}
+                 for n, size, whole in zip(lengths, sizes, teachers)]
+        print(f"{share:>10.0%}" + "".join(f"{size / 2 ** 20:11.1f} ({size / whole:4.0%})"
+                                          for size, whole in zip(sizes, teachers)))
     return rows
 
 
@@ -1027,15 +988,12 @@ def cache_table(name, shape):
 
 def load(name, device):
     """A model (ours, the authors' or a plain decoder) and its tokenizer."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     require(name, "give --target DIR_OR_HUB_NAME")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        if cached_file(name, "mamba_config.json", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False):    # directory or hub
-            model = load_authors_checkpoint(name, dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        read = load_authors_checkpoint if has_file(name, "mamba_config.json") else (
+            AutoModelForCausalLM.from_pretrained)
+        model = read(name, dtype=DTYPE[device.type])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), tokenizer
@@ -1059,30 +1017,20 @@ def read_draft(spec, target, device, words=None):
 
 def encode(text, tokenizer, raw=False):
     """text -> ids (l,), through the chat template where there is one, unless `raw`."""
-    if tokenizer.chat_template and not raw:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = M.Chat(tokenizer).pair(text)[0] if tokenizer.chat_template and not raw else tokenizer(
+        text, add_special_tokens=False, verbose=False)["input_ids"]
     require(ids, "the prompt is empty")
     return torch.tensor(ids)
 
 
-def painter(tokenizer):
-    """An `on_round` that shows the first 16 rounds as Figure 2 does: what stands, what falls,
-    what the target says instead; in colour on a terminal, else [-fallen-] and {+said+}."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
-        "{}", "[-{}-]", "{{+{}+}}")
-
-    def show(rows, proposal, n, token):
-        if rows.alive[0] and rows.tally[0] < 16:
-            drafted, n = proposal.tokens[0].tolist(), int(n[0])
-            words = [repr(tokenizer.decode(part))[1:-1]
-                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
-            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
-                mark.format(word) for mark, word in zip(marks, words) if word))
-
-    return show
+def run(target, draft, args, ends, prompt, **more):
+    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
+    settings = {k: vars(args)[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    settings |= dict(eos_token_id=ends,
+                     generator=torch.Generator(prompt.device).manual_seed(args.seed))
+    if draft is None:
+        return generate(target, prompt, **settings)
+    return speculative_decode(target, draft, prompt, lookahead=args.lookahead, **settings, **more)
 
 
 @torch.no_grad()
@@ -1090,34 +1038,28 @@ def first_difference(target, prompt, plain, fast):
     """None where two answers agree, else where they part and the gap of the target's two logits.
 
     In exact arithmetic they never differ; sums of another order round differently.
+
+    prompt (l,)  plain, fast (n,)
     """
     if torch.equal(plain, fast):
         return None
     n = min(len(plain), len(fast))
     i = int((plain[:n] != fast[:n]).int().argmax())
-    hidden = mamba_in_llama.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]
+    hidden = M.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]       # (D,)
     a, b = target.get_output_embeddings()(hidden)[torch.stack([plain[i], fast[i]])].tolist()
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
-
-
-def run(target, draft, args, ends, prompt, **more):
-    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
-    more["generator"] = torch.Generator(prompt.device).manual_seed(args.seed)
-    if draft is not None:
-        more |= dict(draft=draft, lookahead=args.lookahead)
-    return (generate if draft is None else speculative_decode)(
-        target, input_ids=prompt, max_new_tokens=args.max_new_tokens, top_k=args.top_k,
-        temperature=args.temperature, top_p=args.top_p, eos_token_id=ends, **more)
 
 
 def compare(target, drafts, prompts, args, ends=None, **others):
     """Each prompt (l,) plainly, then with each of {name: draft}; one table of sums. -> rows
 
+    Speeds are without the prompts. Where answers part, the prompt, the token and the gap of its
+    logits are printed: in bf16, products of other shapes round differently.
     others: more ways to decode, {name: function of a prompt -> DecodeResult}
     """
     ways = {name: partial(run, target, draft, args, ends)
             for name, draft in ({"none": None} | drafts).items()} | others
-    # in turn: all of them see the same machine
+    # all ways in turn at each prompt: what else the machine does slows them alike
     results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
     print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
           "  identical to plain decoding")
@@ -1125,48 +1067,78 @@ def compare(target, drafts, prompts, args, ends=None, **others):
     for name, made in zip(ways, results):
         spent, drafted, accepted, rounds = (sum(getattr(r, field) for r in made) for field in (
             "seconds", "drafted", "accepted", "rounds"))
-        row = {"draft": name, "K": 0, "gen": (rounds + accepted) / max(1, rounds),
-               "acceptance": accepted / max(1, drafted), "identical": "", "differences": [],
-               "tokens_per_s": sum(len(r.tokens[0]) - 1 for r in made) / spent}
-        if name in drafts and args.temperature:
-            row |= {"K": args.lookahead, "identical": "(sampled)"}
-        elif name in drafts:
-            parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
-                      for prompt, plain, r in zip(prompts, results[0], made)]
-            row |= {"K": args.lookahead, "identical": f"{parted.count(None)} of {len(parted)}",
-                    "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
+        speed = sum(len(r.tokens[0]) - 1 for r in made) / spent
+        parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
+                  for prompt, plain, r in zip(prompts, results[0], made)
+                  if name in drafts and not args.temperature]
+        sampled = "(sampled)" if name in drafts else ""
+        row = {"draft": name, "K": args.lookahead if name in drafts else 0,
+               "gen": (rounds + accepted) / max(1, rounds), "tokens_per_s": speed,
+               "acceptance": accepted / max(1, drafted),
+               "identical": f"{parted.count(None)} of {len(parted)}" if parted else sampled,
+               "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
         table.append(row)
-        row["speed_up"] = row["tokens_per_s"] / table[0]["tokens_per_s"]
+        row["speed_up"] = speed / table[0]["tokens_per_s"]
         print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
               "{identical}".format(**row), *row["differences"], sep="\n    ", flush=True)
     return table
 
 
 def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
-    """Decode a prompt with each draft, a line for every round, and print the answer."""
+    """Decode a prompt (l,) with each draft: rounds as in Figure 2, answer and table. -> rows
+
+    Of 16 rounds: what stands, what falls, what the target says instead; in colour on a terminal,
+    else [-fallen-] and {+said+}.
+    """
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
+        "{}", "[-{}-]", "{{+{}+}}")
+
+    def show(rows, proposal, n, token):
+        """An `on_round`: a line of what row 0 makes of its drafted tokens (K,)."""
+        if rows.alive[0] and rows.tally[0] < 16:
+            drafted, n = proposal.tokens[0].tolist(), int(n[0])
+            words = [repr(tokenizer.decode(part))[1:-1]
+                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
+            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
+                mark.format(word) for mark, word in zip(marks, words) if word))
+
     for name, draft in drafts.items():
         print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-        made = run(target, draft, args, ends, prompt, on_round=painter(tokenizer))
+        made = run(target, draft, args, ends, prompt, on_round=show)
     print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
+    return compare(target, drafts, [prompt], args, ends)
+
+
+def answer(args, device):
+    """--target and --prompt: decode one prompt, without and with the draft. -> rows"""
+    target, tokenizer = load(args.target, device)
+    draft = read_draft(args.draft, target, device, args.draft_words)
+    # a base model's files name one end token, a chat model's answers often end with another
+    ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
+    ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if tokenizer.chat_template and not args.raw:
+        ends.append(M.Chat(tokenizer).end)
+    prompt = encode(args.prompt, tokenizer, args.raw).to(device)
+    return show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
 
 
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
-        mamba_in_llama.main(["--tiny"])
-    target, tokenizer = load("tiny_run/mamba2", device)
+        M.main(["--tiny"])
+    (target, tokenizer), (teacher, _), (mamba, _) = (
+        load(f"tiny_run/{name}", device) for name in ("mamba2", "teacher", "mamba"))
     text = "The standard exception classes that a program can"
     starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
-    answers = torch.tensor(mamba_in_llama.sample(target, starts, 96, None))
-    shrunk = copy.deepcopy(LayerSubsetDraft(target, [0, 3]))
-    mamba_in_llama.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1,
-                          beta=1.0)
-    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": LayerSubsetDraft(
-        target, [0, 3]), "ngram:3": NGramDraft(3), "the teacher": load("tiny_run/teacher", device)[
-        0], "the Mamba hybrid": load("tiny_run/mamba", device)[0]}
+    answers = torch.tensor(M.sample(target, starts, 96, None))                  # (128,96)
+    layers = LayerSubsetDraft(target, [0, 3])
+    shrunk = copy.deepcopy(layers)
+    M.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1, beta=1.0)
+    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": layers,
+              "ngram:3": NGramDraft(3), "the teacher": teacher, "the Mamba hybrid": mamba}
     prompt = encode(args.prompt or text, tokenizer, args.raw).to(device)
-    show_rounds(target, drafts, prompt, tokenizer, args)
-    return compare(target, drafts, [prompt], args)
+    return show_rounds(target, drafts, prompt, tokenizer, args)
 
 
 def make_draft(args, device):
@@ -1177,15 +1149,13 @@ def make_draft(args, device):
     """
     require(args.target and "--out" in args.rest and args.make_draft.startswith("layers:"),
             f"--make-draft {args.make_draft}: want layers:I,J, and --target and --out")
-    options = mamba_in_llama.parse_args(["--teacher", args.target, *args.rest])
+    options = M.parse_args(["--teacher", args.target, *args.rest])
     target, tokenizer = load(args.target, device)
-    before = read_draft(args.make_draft, target, device).model
-    draft, chat = copy.deepcopy(before), mamba_in_llama.Chat(tokenizer)
-    data = mamba_in_llama.real_data(target, chat, options)
-    history = mamba_in_llama.distil(
-        "draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
-        alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
-    mamba_in_llama.save(draft.eval(), chat, options.out)
+    before, chat = read_draft(args.make_draft, target, device).model, M.Chat(tokenizer)
+    draft, data = copy.deepcopy(before), M.real_data(target, chat, options)
+    history = M.distil("draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
+                       alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
+    M.save(draft.eval(), chat, options.out)
     print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
           f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
     prompts = [row[:int((labels != -100).int().argmax())].to(device)
@@ -1207,18 +1177,17 @@ FLAGS = {       # name: (type, or bool for a switch; default; help)
     "draft-words": (int, None, "cut the draft's head to the first so many words"),
     "prompt": (str, None, "the text to answer"),
     "raw": (bool, False, "no chat template around the prompt"),
-    "lookahead": (COUNT, 4, "tokens drafted per round, K"),
+    "lookahead": (M.COUNT, 4, "tokens drafted per round, K"),
     "temperature": (float, 0.0, "0 is greedy"),
     "top-k": (int, 0, "0 keeps all words"),
     "top-p": (float, 1.0, "probability that is kept"),
-    "max-new-tokens": (COUNT, 128, "budget, tokens"),
-    "simulate-acceptance": (SHARE, None, "--bench: each token stands with this chance (default: "
-                            "from the paper's # Gen)"),
+    "max-new-tokens": (M.COUNT, 128, "budget, tokens"),
+    "simulate-acceptance": (M.SHARE, None, "--bench: a token's chance to stand (default: paper's)"),
     "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
-    "lengths": (checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
+    "lengths": (M.checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
                 "--needle: tokens"),
-    "depths": (SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
-    "trials": (COUNT, 5, "--needle: numbers per length and depth"),
+    "depths": (M.SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
+    "trials": (M.COUNT, 5, "--needle: numbers per length and depth"),
     "seed": (int, 0, "of every draw"),
     "json": (str, None, "write the rows of the table to this file"),
     "plot": (str, None, "a picture of --bench or --bench-kernel (matplotlib)"),
@@ -1226,15 +1195,16 @@ FLAGS = {       # name: (type, or bool for a switch; default; help)
 
 
 def parse_args(argv):
-    """The flags as a namespace; ValueError for values that make no sense."""
-    args, args.rest = make_parser(__doc__, FLAGS).parse_known_args(argv)
+    """The flags, and what to run as .mode; ValueError for values that make no sense."""
+    args, args.rest = M.make_parser(__doc__, FLAGS).parse_known_args(argv)
     require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
-    modes = sum(bool(getattr(args, mode.__name__)) for mode in MODES)
-    require(modes <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
+    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
+    require(len(modes) <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
+    args.mode = (modes or [answer])[0]
     return args
 
 
@@ -1242,27 +1212,13 @@ def main(argv=None):
     """Run the command line. -> the rows that --json writes"""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
-    if modes:
-        rows = modes[0](args, device)
-    else:
-        target, tokenizer = load(args.target, device)
-        draft = read_draft(args.draft, target, device, args.draft_words)
-        ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
-        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        if tokenizer.chat_template and not args.raw:
-            ends.append(mamba_in_llama.Chat(tokenizer).end)
-        prompt = encode(args.prompt, tokenizer, args.raw).to(device)
-        show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
-        rows = compare(target, {args.draft: draft}, [prompt], args, ends)
+    rows = args.mode(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(args.json).write_text(json.dumps(rows, indent=1))
     if args.plot:
         plot(rows, args.plot)
     return rows
 
 
 if __name__ == "__main__":
-    mamba_in_llama.cli(main)
+    M.cli(main)

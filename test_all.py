@@ -34,6 +34,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import timeit
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -1982,8 +1983,9 @@ def test_latest_match():
 
 
 def test_layer_subset_saves_and_shares(tmp_path):
-    for model in (toy_llama(), toy("mamba2", 0.5, torch.float32)):
+    for model in (toy_llama(), toy("mamba2", 0.5, torch.float32), make_teacher("qwen2")):
         draft = S.LayerSubsetDraft(model, [0, 3])
+        assert len(model.model.layers) == model.config.num_hidden_layers == 4   # left as it was
         ours = {p.data_ptr() for p in draft.parameters()}
         assert ours <= {p.data_ptr() for p in model.parameters()}
         draft.save_pretrained(tmp_path / type(model).__name__)
@@ -2162,6 +2164,19 @@ def test_authors_checkpoint_errors(tmp_path):
     os.remove(tmp_path / "model-1.safetensors")
     with pytest.raises(ValueError, match="lacks"):
         S.load_authors_checkpoint(str(tmp_path))
+    w = write_authors(tmp_path, "mamba")
+    for name, shape, line in (("model.layers.3.mamba.new", (1,), "unknown tensor of a mamba"),
+                              ("model.layers.3.mamba.A_log", (3, 4), r"has shape \(3, 4\)")):
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
+        torch.save(w | {name: torch.zeros(shape)}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=line):
+            S.load_authors_checkpoint(str(tmp_path))
+    torch.save(w, tmp_path / "pytorch_model.bin")
+    ours = dict(S.load_authors_checkpoint(str(tmp_path), torch.float64).named_parameters())
+    assert torch.equal(ours["model.layers.3.self_attn.dt_bias"],
+                       2 * w["model.layers.3.mamba.dt_proj.bias"].double())
+    assert torch.equal(ours["lm_head.weight"], w["lm_head.weight"].double())
 
 
 @pytest.mark.parametrize("authors", [True, False])
@@ -2242,6 +2257,27 @@ def test_command_bench(home):
     assert code == 0 and "SIMULATED" in out, err
     assert {"speed_up", "share_of_floor", "verify_over_step"} <= set(
         json.loads((home / "b.json").read_text())[0])
+
+
+def test_bench_kernel_and_pictures(tmp_path, monkeypatch):
+    """Every T of every layer once; both kinds of rows can be drawn."""
+    pytest.importorskip("matplotlib")
+    layers = {"a": ("mamba2", 2, 1, 8, 8), "b": ("mamba", 4, 2, 4, 4)}
+    monkeypatch.setattr(S, "KERNEL_LAYERS", layers)
+    rows = S.bench_kernel(None, torch.device("cpu"))
+    assert [(r["layer"], r["T"]) for r in rows] == [(a, T) for a in layers for T in range(1, 17)]
+    assert all(r["us_single_steps"] == r["us"] for r in rows if r["T"] == 1)
+    S.plot(rows, tmp_path / "kernel.png")
+    S.plot([dict(target="t", draft="d", K=4, speed_up=2.0, paper_speed_up=p) for p in (None, 1.8)],
+           tmp_path / "bench.png")
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_acceptance_for_gives_the_papers_gen():
+    """# Gen = 1 + P + ... + P^K; a # Gen out of reach is a draft that is always right."""
+    for gen, K in (3.9, 3), (3.6, 4), (1.0, 4):
+        assert abs(sum(S.acceptance_for(gen, K) ** j for j in range(K + 1)) - gen) < 2e-3
+    assert S.acceptance_for(4.04, 3) == 1.0
 
 
 def test_command_needle(home):
@@ -2464,9 +2500,10 @@ def compare_teacher(teacher, target, n_new):
 
     @functools.lru_cache                                # once a prompt, not once a target
     def transformers_generate(prompt):
-        spent = [S.seconds(lambda n_new=n_new: teacher.generate(
+        spent = [timeit.timeit(lambda n_new=n_new: teacher.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
-            max_new_tokens=n_new, min_new_tokens=n_new), prompt.is_cuda) for n_new in (n + 1, 1)]
+            max_new_tokens=n_new, min_new_tokens=n_new), timer=S.timer, number=1)
+            for n_new in (n + 1, 1)]
         return S.DecodeResult([range(n + 1)], n, 0, 0, 1.0, spent[0] - spent[1], 0.0)
 
     for kind, texts in zip(("free text", "text that repeats itself"), trial_prompts()):
