@@ -3,11 +3,12 @@
     draft q    d1 d2 d3 d4                      K cheap steps (a small model, or a look-up)
                 |  |  |  |
     target p   [y0 d1 d2 d3 d4]                 ONE multi-step call verifies all of them
-                ok ok  x                        FirstConflict: d1, d2 stand, d3 does not
+                ok ok  x  -                     FirstConflict: d1, d2 stay; d3 and all after fall
     emitted     d1 d2 y                         y: the target's own token at the conflict
 
-An RNN has one big state and cannot rewind it; the cache keeps an old state and the inputs since,
-so that a rejected token is one that is not counted (section 3 and 4 of mamba_in_llama.py).
+y0 is the token emitted last. An RNN has one big state and cannot rewind it; the cache keeps an old
+state and the inputs since, so that a rejected token is one that is not counted (sections 3 and 4
+of mamba_in_llama.py).
 
 Glossary, with the paper's letters:
     b, T, V      batch rows, tokens of one call, vocabulary
@@ -68,10 +69,10 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
 
     def shortlist(self, logits):
-        """The words that may be said, and how likely each is, at least in fp32.
+        """The tokens that may be drawn, and their probabilities, at least in fp32.
 
-        The k best come first, so that all after it works on k numbers, not on a vocabulary: of
-        50 of 49152 words, say. words is None where all are kept as they stand.
+        Top-k is applied first, so that softmax and sampling see k numbers (say 50) instead of V
+        (say 49152). words, their ids, is None if no token is cut.
 
         logits (..., V) -> p (..., k), words (..., k) or None
         """
@@ -95,12 +96,13 @@ class Sampling:
         return p if words is None else p.new_zeros(logits.shape).scatter(-1, words, p)
 
     def draw(self, p):
-        """One token from each distribution: the first of V exponential clocks of rates p to ring.
+        """One token from each distribution: argmax of p_i / E_i, E_i ~ Exp(1), independent.
 
-        torch.multinomial would check its input on the host. p (..., V), any sum -> (...)
+        This draws i with probability p_i / sum(p). torch.multinomial does the same, but checks
+        its input on the host, which would wait for the GPU. p (..., V), any sum -> (...)
         """
-        clocks = torch.empty_like(p).exponential_(generator=self.generator)
-        return (p / clocks.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
+        E = torch.empty_like(p).exponential_(generator=self.generator)
+        return (p / E.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
 
     def choose(self, logits):
         """logits (..., V) -> tokens (...)"""
@@ -131,9 +133,13 @@ class DecodeResult:
 
 @dataclass
 class Rows:
-    """Prompt and output of each row, left-aligned; the last emitted token is in no cache yet."""
+    """Prompt and output of each row, left-aligned.
 
-    tokens: torch.Tensor               # (b,width+1) token ids, the last column is a bin
+    The token emitted last is in no cache yet: it is the first input of the next call, whose logits
+    verify the first drafted token. So length is the cache's length + 1 between rounds.
+    """
+
+    tokens: torch.Tensor               # (b,width+1) ids; the last column takes what is thrown away
     length: torch.Tensor               # (b,) prompt and emitted tokens
     limit: torch.Tensor                # (b,) length at which the budget is spent
     alive: torch.Tensor                # (b,) bool, False before the start and once a row has ended
@@ -152,14 +158,14 @@ class Rows:
         is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])         # (b,T)
         ended = is_end.any(-1)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
-        bin_ = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
-        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], bin_)          # (b,T)
-        self.tokens.scatter_(1, at.clamp(max=bin_), block)
+        away = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
+        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], away)          # (b,T)
+        self.tokens.scatter_(1, at.clamp(max=away), block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
 
     def count(self, drafted=0, accepted=0):
-        """A round is over: (b,) tokens drafted and accepted in each row; rows that ended don't."""
+        """A round is over: add (b,) drafted and accepted tokens; ended rows do not count."""
         alive = self.alive.long()
         self.tally += torch.stack([alive.amax(), alive.sum(), (drafted * alive).sum(),
                                    (accepted * alive).sum()])
@@ -186,7 +192,8 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     padded = pad_sequence(prompts, batch_first=True, padding_side="left")       # (b,l)
     M.check_vocabulary(target, padded)
     mask = (torch.arange(-padded.shape[1], 0) >= -length[:, None]).long()       # (b,l)
-    # a row may commit K + 1 tokens past its end, and goes on reading K + 1 for the others' sake
+    # spare columns: the last round may overshoot by K + 1 tokens, and a row that has ended still
+    # takes part in calls of K + 1 tokens until all have
     room = max_new_tokens + 2 * lookahead + 2
     tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, room))          # (b,width+1)
     rows = Rows(*(v.to(device) for v in (
@@ -252,9 +259,10 @@ def replays(step, cache, columns, generator):
     """`step` as a CUDA graph: every `next` is a step. The first warms up and captures it instead.
 
     A graph reads `cache.visible` columns of every row, written or not; so a step is captured anew
-    every `block` columns. A capture takes as long as reading CAPTURE_BYTES, and a step reads
-    block / 2 columns too many: least is lost at sqrt(2 CAPTURE_BYTES / bytes per column), 80 for
-    2048 rows of SmolLM2; a single row needs one graph. columns: of the longest prompt
+    every `block` columns. Cost per step, in bytes read: CAPTURE_BYTES / block for the captures and
+    block / 2 columns too many for attention. The sum is least at block = sqrt(2 CAPTURE_BYTES /
+    bytes per column): 80 for 2048 rows of SmolLM2; a single row needs one graph.
+    columns: of the longest prompt
     """
     attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
     per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
@@ -348,11 +356,11 @@ class Proposal:
 
     tokens: torch.Tensor               # (b,K)
     q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
-    counts: torch.Tensor | None = None     # (b,K) bool, False where a row drafted fewer than K
+    real: torch.Tensor | None = None   # (b,K) bool, False where a row drafted fewer than K
 
     def __post_init__(self):
-        if self.counts is None:
-            self.counts = torch.ones_like(self.tokens, dtype=torch.bool)
+        if self.real is None:
+            self.real = torch.ones_like(self.tokens, dtype=torch.bool)
 
 
 class ModelDraft:
@@ -384,8 +392,11 @@ class ModelDraft:
         self.decoder.prefill(padded, mask)
 
     def propose(self):
-        """-> Proposal. The first call also brings a token that the cache lacks: the last drafted
-        one, in rows where all were accepted; so it is two tokens wide, with one valid elsewhere."""
+        """Draft K tokens, one call each. -> Proposal
+
+        The draft has not read its own last token d_K. Where all K were accepted, the first call
+        has two tokens, d_K and the emitted one; in other rows the second is padding.
+        """
         rows, cache = self.rows, self.decoder.cache
         self.missing = (rows.length - cache.length).clamp(1, 2)                 # (b,)
         width = 2 if cache.counts.is_cuda else int(self.missing.max())
@@ -444,7 +455,7 @@ class NGramDraft:
         # past the end of the context the continuation repeats itself
         period = (rows.length - start)[:, None]                                 # (b,1)
         at = start[:, None] + torch.arange(K, device=start.device) % period     # (b,K)
-        return Proposal(tokens.gather(1, at), counts=found.expand(-1, K))
+        return Proposal(tokens.gather(1, at), real=found.expand(-1, K))
 
     def settle(self, n_accepted):
         """Nothing to roll back."""
@@ -507,7 +518,8 @@ def accept(logits, proposal, sampling, simulate=None):
 
     Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
     d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
-    max(0, p_i - q_i), normalised; where all stand, from p_K. Both cases are one when q_K = 0.
+    max(0, p_i - q_i), normalised; where all stand, from p_K. q gets a row of zeros for position K,
+    so that one formula serves both cases.
     Why that is p: d is drafted and stands with q min(1, p / q) = min(p, q), which p exceeds by
     max(0, p - q); and sum max(0, p - q) = 1 - sum min(p, q), the chance that nothing stood.
     simulate: SIMULATED acceptance for timing, each token stands with this probability.
@@ -521,30 +533,31 @@ def accept(logits, proposal, sampling, simulate=None):
         return n, logits[row, n].argmax(-1)
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)                                              # (b,K+1)
-        n = first_conflict((drafted == chosen[:, :K]) & proposal.counts)
+        n = first_conflict((drafted == chosen[:, :K]) & proposal.real)
         return n, chosen[row, n]
     p = sampling.probabilities(logits)                                          # (b,K+1,V)
     q = F.one_hot(drafted, p.shape[-1]) if proposal.q is None else proposal.q
-    q = F.pad(q * proposal.counts[..., None], (0, 0, 0, 1))                     # (b,K+1,V)
+    q = F.pad(q * proposal.real[..., None], (0, 0, 0, 1))                     # (b,K+1,V)
     p_d, q_d = (v[:, :K].gather(2, drafted[..., None])[..., 0] for v in (p, q))     # (b,K)
     u = torch.empty_like(p_d).uniform_(generator=sampling.generator)
-    n = first_conflict((u * q_d < p_d) & proposal.counts)
+    n = first_conflict((u * q_d < p_d) & proposal.real)
     p, rest = p[row, n], (p - q)[row, n].clamp_(min=0)                          # (b,V)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)                 # p = q, rounded
+    # p <= q everywhere happens by rounding only, when p = q; then any draw is right: take p
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
     return n, sampling.draw(rest)
 
 
-def verify(target, rows, proposal, sampling, simulate=None):
+def verify(decoder, rows, proposal, sampling, simulate=None):
     """VERIFY: one multi-step call on [last token, K drafted ones]; commit what stands.
 
     The paper's MultiStep(h_i, y_{1:k}, i, j, k) is `decode`: the cache holds h_i and the inputs of
     i..j to replay. Going on from h_k, or from h_j after a conflict, is the count in `commit`.
 
-    target: a Decoder -> n_accepted (b,), next token (b,)
+    decoder: the target's -> n_accepted (b,), next token (b,)
     """
-    logits = target.decode(torch.cat([rows.last[:, None], proposal.tokens], 1))  # (b,K+1,V)
+    logits = decoder.decode(torch.cat([rows.last[:, None], proposal.tokens], 1))  # (b,K+1,V)
     n, token = accept(logits, proposal, sampling, simulate)
-    target.cache.commit(torch.where(rows.alive, n + 1, 0))
+    decoder.cache.commit(torch.where(rows.alive, n + 1, 0))
     return n, token
 
 
@@ -552,7 +565,9 @@ def verify(target, rows, proposal, sampling, simulate=None):
 def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, temperature=0.0,
                        top_k=0, top_p=1.0, eos_token_id=None, generator=None, ring=16,
                        simulate=None, on_round=None):
-    """SPECULATE: draft K tokens, VERIFY, until every row has ended; rows advance independently.
+    """Algorithm 2, SPECULATE: draft K tokens, VERIFY them, until every row has ended.
+
+    Rows advance independently.
 
     target: a hybrid or a plain decoder. draft: the same, or an object with start, prefill,
     propose and settle (section 4). input_ids: (b,l), or b 1-D tensors of different lengths.
@@ -575,7 +590,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         if on_round is not None:
             on_round(rows, proposal, n, token)
         block = F.pad(proposal.tokens, (0, 1)).scatter(1, n[:, None], token[:, None])  # (b,K+1)
-        rows.count(proposal.counts.sum(1), n)
+        rows.count(proposal.real.sum(1), n)
         rows.append(block, n + 1)
 
     def step():
@@ -794,9 +809,9 @@ def acceptance_for(gen, K):
 def bench(args, device):
     """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
 
-    floor: share of the time in which the weights could at best be read. verify: a round of K + 1
-    tokens over a plain step. bound: # Gen / (1.1 + K x draft bytes / target bytes), what a round
-    of 1.1 steps and a draft that costs only its bytes would bring.
+    floor: time to read the weights once over that of a plain step (100 % is ideal). verify: a round
+    of K + 1 tokens over a plain step. estimate: # Gen / (1.1 + K x draft bytes / target bytes), what
+    a round of 1.1 steps and a draft that costs only its bytes would bring.
     """
     cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
     sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
@@ -808,7 +823,7 @@ def bench(args, device):
              "memory_bytes_per_s": memory_bandwidth(device)}
     print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
     print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
-          f"{'tokens/s':>9}{'speed-up':>9}{'bound':>7}{'paper':>7}")
+          f"{'tokens/s':>9}{'speed-up':>9}{'estimate':>9}{'paper':>7}")
     for (shape, share), trials in BENCH.items():
         if shape not in sizes:
             continue
@@ -835,7 +850,7 @@ def bench(args, device):
             rows.append(row | about)
             print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
                   "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
-                  "{bound:6.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
+                  "{bound:8.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
     return rows
 
 
@@ -1126,10 +1141,12 @@ def answer(args, device):
 def tiny(args, device):
     """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
     if not os.path.exists("tiny_run/mamba2/config.json"):
+        print("no ./tiny_run here: mamba_in_llama.py --tiny makes it first, about a minute")
         M.main(["--tiny"])
     (target, tokenizer), (teacher, _), (mamba, _) = (
         load(f"tiny_run/{name}", device) for name in ("mamba2", "teacher", "mamba"))
     text = "The standard exception classes that a program can"
+    # beginnings of one sentence, four times each, as they are sampled: 128 answers to train on
     starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
     answers = torch.tensor(M.sample(target, starts, 96, None))                  # (128,96)
     layers = LayerSubsetDraft(target, [0, 3])
