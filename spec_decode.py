@@ -810,8 +810,8 @@ def bench(args, device):
     """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
 
     floor: time to read the weights once over that of a plain step (100 % is ideal). verify: a
-    round of K + 1 tokens over a plain step. estimate: # Gen / (1.1 + K x draft bytes / target bytes), what
-    a round of 1.1 steps and a draft that costs only its bytes would bring.
+    round of K + 1 tokens over a plain step. estimate: # Gen / (1.1 + K x draft bytes / target
+    bytes), what a round of 1.1 steps and a draft that costs only its bytes would bring.
     """
     cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
     sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
