@@ -312,22 +312,14 @@ def to_heads(v, H, runs):
     return v.reshape(b, l, H, n)
 
 
-class Replay(NamedTuple):
+def replay_plan(counts, T, ring, slots, W=1):
     """Which tokens a decoding call goes through; on a CPU made once for all layers of the call.
 
-    R old tokens, at most, that the checkpoint still lacks after the flush, then T new ones. A
-    mask may be None: no token.
+    counts (3,b), ring, slots: see `multi_step`; W: the convolution's width. -> R old tokens, at
+    most, that the checkpoint lacks after the flush; row (b,1) and slot (b,.+T) in the rings, of
+    old and new tokens; fold (b,.,1,1) old tokens that enter the checkpoint: the flush;
+    done (b,R+T,1,1) tokens that it then holds. A mask may be None: no token.
     """
-
-    R: int
-    row: torch.Tensor                  # (b,1)
-    slot: torch.Tensor                 # (b,.+T) in the rings, of old and new tokens
-    fold: torch.Tensor | None          # (b,.,1,1) old tokens that enter the checkpoint: the flush
-    done: torch.Tensor | None          # (b,R+T,1,1) tokens that the checkpoint then holds
-
-
-def replay_plan(counts, T, ring, slots, W=1):
-    """counts (3,b), ring, slots: see `multi_step`; W: the convolution's width."""
     base, length, pending = counts[..., None].unbind()                  # (b,1) each
     first, device = length + pending, counts.device
     end = torch.where(first - base + T > ring, length, base)            # the flush moves it
@@ -336,7 +328,7 @@ def replay_plan(counts, T, ring, slots, W=1):
     s = first + torch.arange(-max(most, W - 1), T, device=device)       # (b,.+T) positions
     fold, done = ((s >= base) & (s < end))[:, :-T], s[:, -(R + T):] < end
     fold, done = (v[..., None, None] if v.is_cuda or v.any() else None for v in (fold, done))
-    return Replay(R, torch.arange(len(s), device=device)[:, None], s % slots, fold, done)
+    return R, torch.arange(len(s), device=device)[:, None], s % slots, fold, done
 
 
 def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
@@ -560,35 +552,19 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
 
 
 @triton.jit
-def load_n(v, n, N: tl.constexpr):
-    """Entries of v where n < N; N a power of two fills the tile and needs no mask."""
-    if N & (N - 1) == 0:
-        return tl.load(v)
-    return tl.load(v, mask=n < N, other=0)
-
-
-@triton.jit
-def store_n(v, value, n, N: tl.constexpr, real=True):
-    """The same for stores, and where `real`."""
-    if N & (N - 1) == 0:
-        tl.store(v, value, mask=real)
-    else:
-        tl.store(v, value, mask=real & (n < N))
-
-
-@triton.jit
 def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
            SLOTS: tl.constexpr, X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr,
            BR: tl.constexpr):
     """The state h after old tokens first..last-1, BR of them requested at once. Widths of the
     rings: X, W, Y."""
+    in_n = True if N & (N - 1) == 0 else n < N
     while first < last:
         xs, ds, Bs = (), (), ()
         for i in tl.static_range(BR):
             slot = (base + tl.minimum(first + i, last - 1)) % SLOTS
             ds += (tl.load(ring_dt + slot * W),)                        # (BP,)
             xs += (tl.load(ring_x + slot * X),)                         # (BP,)
-            Bs += (load_n(ring_B + slot * Y, n, N),)                    # (BP,NC,BN)
+            Bs += (tl.load(ring_B + slot * Y, mask=in_n, other=0),)     # (BP,NC,BN)
         for i in tl.static_range(BR):
             if first + i < last:
                 u = ds[i] * xs[i].to(tl.float32)
@@ -618,11 +594,13 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     n = tl.arange(0, NC)[None, :, None] * BN + tl.arange(0, BN)[None, None, :]  # (1,NC,BN)
     h, p = j // P, j % P                                                # (BP,) head and channel
     gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS)[:, None, None] * N + n
+    in_n = True if N & (N - 1) == 0 else n < N                          # a power of two: no mask
     tile = j[:, None, None] * N + n                                     # (BP,NC,BN)
 
     # what does not depend on the counts is requested first
     state += row * (H * P * N) + tile
-    h_t, a = load_n(state, n, N), load_n(A + tile, n, N) * 1.4426950408889634   # for exp2
+    h_t = tl.load(state, mask=in_n, other=0)
+    a = tl.load(A + tile, mask=in_n, other=0) * 1.4426950408889634      # for exp2
     x, dt, y = x + row * T * x_row + gx, dt + row * T * dt_row + j, y + row * T * (H * P) + j
     B, C = B + row * T * B_row + gb, C + row * T * C_row + h[:, None, None] * N + n
     zs, xs, ds, Bs, Cs = (), (), (), (), ()                             # one entry per token
@@ -633,8 +611,8 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     for t in tl.static_range(min(BT, T)):
         xs += (tl.load(x + t * x_row),)                                 # (BP,)
         ds += (tl.load(dt + t * dt_row),)                               # (BP,)
-        Bs += (load_n(B + t * B_row, n, N),)                            # (BP,NC,BN)
-        Cs += (load_n(C + t * C_row, n, N),)                            # (BP,NC,BN)
+        Bs += (tl.load(B + t * B_row, mask=in_n, other=0),)             # (BP,NC,BN)
+        Cs += (tl.load(C + t * C_row, mask=in_n, other=0),)             # (BP,NC,BN)
         zs += (tl.load(z + t * z_row) if z is not None else 0,)         # (BP,)
 
     # 1. replay; a flush writes the state after the last committed token
@@ -645,7 +623,7 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     if fold > 0:
         h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, base - base, fold, SLOTS,
                      GX * P, H * P, GB * N, BR)
-        store_n(state, h_t, n, N)
+        tl.store(state, h_t, mask=in_n)
     h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, fold, n_old, SLOTS,
                  GX * P, H * P, GB * N, BR)
 
@@ -655,8 +633,8 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
         if t + BT < T:
             xs += (tl.load(x + (t + BT) * x_row),)
             ds += (tl.load(dt + (t + BT) * dt_row),)
-            Bs += (load_n(B + (t + BT) * B_row, n, N),)
-            Cs += (load_n(C + (t + BT) * C_row, n, N),)
+            Bs += (tl.load(B + (t + BT) * B_row, mask=in_n, other=0),)
+            Cs += (tl.load(C + (t + BT) * C_row, mask=in_n, other=0),)
             zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)
         delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
         u = (delta * x_t)[:, None, None]
@@ -670,7 +648,7 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
             tl.store(ring_dt + slot * (H * P), delta)
             tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
             first = is_first(h, H, GB, RUNS) & (p == 0)
-            store_n(ring_B + slot * (GB * N), Bs[t], n, N, first[:, None, None])
+            tl.store(ring_B + slot * (GB * N), Bs[t], mask=first[:, None, None] & in_n)
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
@@ -738,10 +716,9 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
                 u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
-    plan = plan or replay_plan(counts, T, 1, slots, W)
-    slot = plan.slot[:, -(W - 1 + T):]
-    ring_u[plan.row, slot[:, W - 1:]] = u
-    window = ring_u[plan.row, slot].unfold(1, W, 1)                     # (b,T,c,W)
+    _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
+    ring_u[row, slot[:, -T:]] = u
+    window = ring_u[row, slot[:, -(W - 1 + T):]].unfold(1, W, 1)        # (b,T,c,W)
     out = (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
     out = out if bias is None else out + bias
     return (F.silu(out) if act else out).to(u.dtype)
