@@ -169,9 +169,8 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     if x.shape[1] == 1:
         y, state = recurrence(*(v.to(wide) for v in (x, delta, A, B, C)), state)
         return y.to(x.dtype), state
-    if A.shape[-1] == 1:
-        return mamba2_scan(x, delta, A, B, C, state, min(chunk or 64, x.shape[1]))
-    return mamba_scan(x, delta, A, B, C, state, chunk or 16)
+    scan, most = (mamba2_scan, 64) if A.shape[-1] == 1 else (mamba_scan, 16)
+    return scan(x, delta, A, B, C, state, min(chunk or most, x.shape[1]))
 
 
 def mamba2_scan(x, delta, A, B, C, state, chunk):
@@ -231,63 +230,60 @@ class MambaScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def states(start, u, delta, A, B, decay, h):
+    def states(start, A, u, delta, B, decays, hs):
         """Fill decay (t,b,H,P,N) and h (t+1,b,H,P,N): h[0] the start, h[i + 1] after token i."""
+        decay, h = decays[:len(u)], hs[:len(u) + 1]
         h[0] = start
         torch.mul(delta[..., None], A, out=decay).exp_()
         torch.mul(u[..., None], B[..., None, :], out=h[1:])
         for before, now, decay_t in zip(h[:-1], h[1:], decay):
             now.addcmul_(decay_t, before)
+        return decay, h
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, state, chunk):
-        """u = Delta x (b,l,H,P), the rest as in `recurrence` -> y (b,l,H,P), state"""
-        inputs = [v.transpose(0, 1).contiguous() for v in (u, delta, B, C)]
-        y, starts, chunk = torch.empty_like(inputs[0]), [], min(chunk, u.shape[1])
-        decays, hs = (state.new_empty(chunk + i, *state.shape) for i in (0, 1))
-        for u, delta, B, C, y_c in zip(*(v.split(chunk) for v in (*inputs, y))):
+        """u = Delta x (l,b,H,P), the rest as in `recurrence` -> y (l,b,H,P), state"""
+        ctx.chunk, starts, ys = chunk, [], []
+        buffers = [state.new_empty(chunk + i, *state.shape) for i in (0, 1)]
+        for u_c, delta_c, B_c, C_c in zip(*(v.split(chunk) for v in (u, delta, B, C))):
             starts.append(state)
-            h = hs[:len(u) + 1]
-            MambaScan.states(state, u, delta, A, B, decays[:len(u)], h)
-            torch.matmul(h[1:], C[..., None], out=y_c[..., None])
+            h = MambaScan.states(state, A, u_c, delta_c, B_c, *buffers)[1]
+            ys.append(h[1:] @ C_c[..., None])                           # (t,b,H,P,1)
             state = h[-1].clone()
-        ctx.save_for_backward(A, *inputs, *starts)
-        ctx.chunk = chunk
-        return y.transpose(0, 1), state
+        ctx.save_for_backward(A, u, delta, B, C, *starts)
+        return torch.cat(ys)[..., 0], state
 
     @staticmethod
     def backward(ctx, dy, g):
-        """dy (b,l,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
+        """dy (l,b,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
         A, *saved = ctx.saved_tensors
-        inputs, starts, dA = saved[:4], saved[4:], torch.zeros_like(A)
-        grads = [torch.empty_like(v) for v in inputs]
-        decays, dhs, hs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 0, 1))
-        chunks = zip(starts, *(v.split(ctx.chunk) for v in (*inputs, *grads, dy.transpose(0, 1))))
-        for start, u, delta, B, C, du, ddelta, dB, dC, dy in reversed(list(chunks)):
-            decay, dh, h = (v[:len(u) + i] for v, i in ((decays, 0), (dhs, 0), (hs, 1)))
-            MambaScan.states(start, u, delta, A, B, decay, h)
-            torch.matmul(dy[..., None, :], h[1:], out=dC[..., None, :])
-            torch.mul(dy[..., None], C[..., None, :], out=dh)
+        dA, grads, inputs, starts = torch.zeros_like(A), [], (*saved[:4], dy), saved[4:]
+        *buffers, dhs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 1, 0))
+        chunks = [*zip(starts, *(v.split(ctx.chunk) for v in inputs))]
+        for start, u, delta, B, C, dy in chunks[::-1]:
+            decay, h = MambaScan.states(start, A, u, delta, B, *buffers)
+            dh = torch.mul(dy[..., None], C[..., None, :], out=dhs[:len(u)])    # (t,b,H,P,N)
             dh[-1] += g
             for t in range(len(u) - 1, 0, -1):
                 dh[t - 1].addcmul_(decay[t], dh[t])
-            torch.matmul(dh, B[..., None], out=du[..., None])
-            torch.matmul(u[..., None, :], dh, out=dB[..., None, :])
+            du, dB, dC = dh @ B[..., None], u[..., None, :] @ dh, dy[..., None, :] @ h[1:]
             dlog = dh.mul_(decay)                       # now of decay_t h_{t-1}
             g = dlog[0].clone()
             dlog.mul_(h[:-1])                           # now of Delta_t A, the log decay
-            torch.sum(torch.mul(dlog, A, out=decay), -1, out=ddelta)
+            ddelta = torch.mul(dlog, A, out=decay).sum(-1)              # (t,b,H,P)
             dA += dlog.mul_(delta[..., None]).sum((0, 1))
-        return (*(v.transpose(0, 1) for v in grads[:2]), dA,
-                *(v.transpose(0, 1) for v in grads[2:]), g, None)
+            grads.append((du[..., 0], ddelta, dB[..., 0, :], dC[..., 0, :]))
+        du, ddelta, dB, dC = (torch.cat(parts[::-1]) for parts in zip(*grads))
+        return du, ddelta, dA, dB, dC, g, None
 
 
 @torch.compiler.disable                             # which would unroll the loops over tokens
 def mamba_scan(x, delta, A, B, C, state, chunk):
     """Mamba's scan, a chunk of states at a time. Shapes: `recurrence`"""
-    u, *rest = (v.to(state.dtype) for v in (delta * x, delta, A, B, C, state))
-    y, state = MambaScan.apply(u, *rest, chunk)
-    return y.to(x.dtype), state
+    u, delta, B, C = (v.to(state.dtype).transpose(0, 1).contiguous()    # (l,b,H,.)
+                      for v in (delta * x, delta, B, C))
+    y, state = MambaScan.apply(u, delta, A.to(state.dtype), B, C, state, chunk)
+    return y.transpose(0, 1).to(x.dtype), state
 
 
 # ---------------------------------------------------------------------------------------------
