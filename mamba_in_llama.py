@@ -328,7 +328,7 @@ def replay_plan(counts, T, ring, slots, W=1):
 
 
 def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
-               n_valid=None, ring=16, runs=1, impl=None, plan=None):
+               ring=16, runs=1, impl=None, plan=None):
     """T tokens per row from a checkpoint `state` and a ring of the inputs since (Algorithm 2).
 
     Delta = softplus(dt + dt_bias); h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T;
@@ -338,9 +338,9 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     2 * ring, zeros at first; ring_dt holds Delta. A row with too many tokens since its checkpoint,
     (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
     rows only read theirs. pending + T <= ring, or "mamba2"'s tile is too short ("mamba" loops: it
-    may fold earlier). The first n_valid (b,) of the T inputs count; y and the slots of the others
+    may fold earlier). A row that brings fewer tokens ends in arbitrary ones, whose y and slots
     mean nothing. counts stay as they are: the caller sets base = length in flushed rows and adds
-    to pending.
+    what each row brought to pending.
 
     Bytes per row and call, u = input bytes, S = tokens since base, p = H or H P (Delta's size):
     4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (2 H P + H N + Gx P
@@ -353,7 +353,7 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     """
     if plan is None and use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
-                                 counts, n_valid, ring, runs)
+                                 counts, ring, runs)
     (T, H), wide, rings = C.shape[1:3], state.dtype, (ring_x, ring_dt, ring_B)
     R, row, slot, fold, done = plan or replay_plan(counts, T, ring, ring_x.shape[1])
     mamba = A.shape[-1] > 1
@@ -451,7 +451,7 @@ def to_end(delta, a):
 
 
 @triton.jit
-def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                   x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
@@ -471,7 +471,6 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
-    valid = T if n_valid is None else tl.load(n_valid + row)
     row = row.to(tl.int64)                                              # offsets pass 2^31
     x += row * T * x_row + group(h, H, GX, RUNS) * P
     B += row * T * B_row + group(h, H, GB, RUNS) * N
@@ -535,7 +534,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     tl.store(y, out, mask=(t < T)[:, None])
 
     # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
-    new = (s >= n_old) & (s < n_old + valid)
+    new = (s >= n_old) & (s < n_old + T)
     if is_first(h, H, GX, RUNS):
         tl.store(ring_x + slot[:, None] * (GX * P) + p[None, :], x_s, mask=new[:, None])
     if split == 0:
@@ -548,12 +547,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
 
 
 @triton.jit
-def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
-           SLOTS: tl.constexpr, X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr,
-           BR: tl.constexpr):
+def replay(h, a, ring_x, ring_dt, ring_B, in_n, base, first, last, SLOTS: tl.constexpr,
+           X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr, BR: tl.constexpr):
     """The state h after old tokens first..last-1, BR of them requested at once. Widths of the
     rings: X, W, Y."""
-    in_n = True if N & (N - 1) == 0 else n < N
     while first < last:
         xs, ds, Bs = (), (), ()
         for i in tl.static_range(BR):
@@ -570,7 +567,7 @@ def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
 
 
 @triton.jit
-def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                  x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                  C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                  T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
@@ -604,42 +601,37 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
         z += row * T * z_row + j
     shift = tl.load(bias + j)
     skip = 0.0 if D is None else tl.load(D + j)
-    for t in tl.static_range(min(BT, T)):
-        xs += (tl.load(x + t * x_row),)                                 # (BP,)
-        ds += (tl.load(dt + t * dt_row),)                               # (BP,)
-        Bs += (tl.load(B + t * B_row, mask=in_n, other=0),)             # (BP,NC,BN)
-        Cs += (tl.load(C + t * C_row, mask=in_n, other=0),)             # (BP,NC,BN)
-        zs += (tl.load(z + t * z_row) if z is not None else 0,)         # (BP,)
 
-    # 1. replay; a flush writes the state after the last committed token
-    ring_x, ring_B = ring_x + row * SLOTS * (GX * P) + gx, ring_B + row * SLOTS * (GB * N) + gb
-    ring_dt += row * SLOTS * (H * P) + j
-    n_old = length + pending - base
-    fold = tl.where(n_old + T > ring, length - base, 0)
-    if fold > 0:
-        h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, base - base, fold, SLOTS,
-                     GX * P, H * P, GB * N, BR)
-        tl.store(state, h_t, mask=in_n)
-    h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, fold, n_old, SLOTS,
-                 GX * P, H * P, GB * N, BR)
-
-    # 2. the new tokens; each input enters the ring from one program, nobody reads that slot now
-    valid = T if n_valid is None else tl.load(n_valid + row)
-    for t in tl.static_range(T):
+    for t in tl.static_range(-BT, T):
+        # 1. before the first token, replay; a flush writes the state after the last committed one
+        if t == 0:
+            ring_x += row * SLOTS * (GX * P) + gx
+            ring_B += row * SLOTS * (GB * N) + gb
+            ring_dt += row * SLOTS * (H * P) + j
+            n_old = length + pending - base
+            fold = tl.where(n_old + T > ring, length - base, 0)
+            if fold > 0:
+                h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, base, base - base, fold, SLOTS,
+                             GX * P, H * P, GB * N, BR)
+                tl.store(state, h_t, mask=in_n)
+            h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, base, fold, n_old, SLOTS,
+                         GX * P, H * P, GB * N, BR)
+        # 2. what a token BT steps ahead brings is requested
         if t + BT < T:
-            xs += (tl.load(x + (t + BT) * x_row),)
-            ds += (tl.load(dt + (t + BT) * dt_row),)
-            Bs += (tl.load(B + (t + BT) * B_row, mask=in_n, other=0),)
-            Cs += (tl.load(C + (t + BT) * C_row, mask=in_n, other=0),)
-            zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)
-        delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
-        u = (delta * x_t)[:, None, None]
-        h_t = tl.exp2(delta[:, None, None] * a) * h_t + u * Bs[t].to(tl.float32)
-        out = tl.sum(tl.sum(h_t * Cs[t].to(tl.float32), 2), 1) + skip * x_t     # (BP,)
-        if z is not None:
-            out *= silu(zs[t].to(tl.float32))
-        tl.store(y + t * (H * P), out)
-        if t < valid:
+            xs += (tl.load(x + (t + BT) * x_row),)                      # (BP,)
+            ds += (tl.load(dt + (t + BT) * dt_row),)                    # (BP,)
+            Bs += (tl.load(B + (t + BT) * B_row, mask=in_n, other=0),)  # (BP,NC,BN)
+            Cs += (tl.load(C + (t + BT) * C_row, mask=in_n, other=0),)  # (BP,NC,BN)
+            zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)     # (BP,)
+        # 3. token t; its input enters the ring from one program, nobody reads that slot now
+        if t >= 0:
+            delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
+            u = (delta * x_t)[:, None, None]
+            h_t = tl.exp2(delta[:, None, None] * a) * h_t + u * Bs[t].to(tl.float32)
+            out = tl.sum(tl.sum(h_t * Cs[t].to(tl.float32), 2), 1) + skip * x_t     # (BP,)
+            if z is not None:
+                out *= silu(zs[t].to(tl.float32))
+            tl.store(y + t * (H * P), out)
             slot = (base + n_old + t) % SLOTS
             tl.store(ring_dt + slot * (H * P), delta)
             tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
@@ -673,7 +665,7 @@ def rows(v):
 
 
 def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
-                      n_valid, ring, runs):
+                      ring, runs):
     """`multi_step` on the GPU (or in the interpreter): one launch, nothing read by the host."""
     b, T, GX, P = x.shape
     H, N, mamba2 = C.shape[2], C.shape[3], A.shape[-1] == 1
@@ -687,18 +679,18 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
         kernel[grid, H if mamba2 else 1, b](
-            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts,
             *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, *tile,
             num_warps=warps, maxnreg=registers, num_stages=stages)
     return y
 
 
-def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None, plan=None):
+def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
     """The causal depthwise convolution of T new tokens, whose window reaches back into a ring.
 
     out_t = silu(bias + sum_w weight_w u_{t-W+1+w}). ring_u holds the raw inputs, slots >= 2 * ring
-    + W - 1, zeros at first: positions below 0 count as zero. The first n_valid (b,) new ones count.
-    Memory: one read of u and of W - 1 old rows, one write of u and of the output, per row.
+    + W - 1, zeros at first: positions below 0 count as zero. Memory: one read of u and of W - 1 old
+    rows, one write of u and of the output, per row of the batch.
 
     u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
     """
@@ -709,7 +701,7 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
         BC = 64 if b * c < 2 ** 17 else 256
         with torch.cuda.device_of(u):
             conv_kernel[triton.cdiv(c, BC), b](
-                u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
+                u, weight, bias, ring_u, out, counts, u.stride(0), T, slots, c, W, act,
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
     _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
@@ -721,7 +713,7 @@ def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None
 
 
 @triton.jit
-def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, c: tl.constexpr,
+def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.constexpr,
                 W: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """BC channels of one row; a tap before the new tokens comes from the ring."""
     row, b = tl.program_id(1), tl.num_programs(1)
@@ -743,8 +735,6 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, 
         acc *= tl.sigmoid(acc)
     tl.store(out + (row * T + t[:, None]) * c + j[None, :], acc, mask=real & in_c)
     new = tl.load(u + t[:, None] * u_row, mask=real & in_c, other=0)    # (BT,BC)
-    if n_valid is not None:
-        real &= (t < tl.load(n_valid + row))[:, None]
     tl.store(ring_u + ((first + t) % slots)[:, None] * c, new, mask=real & in_c)
 
 
@@ -1209,7 +1199,7 @@ class Mixer(nn.Module):
         act = self.config.conv == "default"
         if cache is not None and cache.columns > 0:
             return conv_step(raw, weight, bias, cache.layers[self.layer_idx].ring_u, cache.counts,
-                             cache.n_valid, act, plan=cache.plan)
+                             act, plan=cache.plan)
         # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
         past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
         out = bias + sum(past[:, w: w + raw.shape[1]] * weight[:, w] for w in range(self.d_conv))
@@ -1256,8 +1246,8 @@ class Mixer(nn.Module):
         A, dt_bias, D = cache.weights[self.layer_idx] if decoding else self.weights()
         if decoding and cache.ring > 0:
             *state, _ = cache.layers[self.layer_idx]
-            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.n_valid,
-                           cache.fold_at, self.runs, plan=cache.plan)
+            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.fold_at,
+                           self.runs, plan=cache.plan)
         else:
             before = None if cache is None else cache.layers[self.layer_idx].state
             y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask, before)

@@ -347,7 +347,7 @@ def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max
         flush = length - base + waiting + T > fold_at
         new = projection(b, T, s, gate, dtype)
         y = M.multi_step(*new[:4], A, bias, D, new[4], state, ring_x, ring_dt, ring_B, counts,
-                         n_valid, fold_at, runs, impl)
+                         fold_at, runs, impl)
         assert y.dtype == dtype and y.isfinite().all()
         for r in range(b):
             taken = T if n_valid is None else int(n_valid[r])
@@ -470,7 +470,7 @@ def run_conv(impl, dtype, act, biased):
         T = rng.randint(1, ring)
         n_valid = torch.tensor([rng.randint(0, T) for _ in range(b)], dtype=torch.int32)
         u = torch.randn(b, T, c + 8, dtype=torch.float64).to(dtype)[..., 8:]
-        out = M.conv_step(u, weight, bias, ring_u, counts, n_valid, act, impl)
+        out = M.conv_step(u, weight, bias, ring_u, counts, act, impl)
         for r in range(b):
             rows = past[r] + [v.double() for v in u[r, :n_valid[r]]]
             for t in range(n_valid[r]):
