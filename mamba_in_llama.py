@@ -354,22 +354,17 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     if plan is None and use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
                                  counts, ring, runs)
-    (T, H), wide, rings = C.shape[1:3], state.dtype, (ring_x, ring_dt, ring_B)
+    (T, H), wide, mamba = C.shape[1:3], state.dtype, A.shape[-1] > 1
     R, row, slot, fold, done = plan or replay_plan(counts, T, ring, ring_x.shape[1])
-    mamba = A.shape[-1] > 1
-    delta, C = F.softplus(dt.to(wide) + dt_bias, 1, 40), C.to(wide)
-    for kept, new in zip(rings, (x, delta, B)):
-        kept[row, slot[:, -T:]] = new.to(kept.dtype)
-
-    def tokens(which):
-        """x, Delta, B of some of the slots, a head each. -> (b,.,H,.) three times"""
-        return [to_heads(v[row, slot[:, which]].to(wide), H, runs) for v in rings]
-
+    delta, C, kept = F.softplus(dt.to(wide) + dt_bias, 1, 40), C.to(wide), []
+    for ring_v, v in (ring_x, x), (ring_dt, delta), (ring_B, B):
+        ring_v[row, slot[:, -T:]] = v.to(ring_v.dtype)
+        kept.append(to_heads(ring_v[row, slot].to(wide), H, runs))      # (b,.+T,H,.)
     if fold is not None:                                                # a flush is rare
-        xs, delta, Bs = tokens(slice(-T))
+        xs, delta, Bs = (v[:, :-T] for v in kept)
         scan, read = (recurrence, Bs[:, -1:]) if mamba else (chunked_scan, Bs)
         state.copy_(scan(xs, delta * fold, A, Bs, read, state)[1])      # what it reads is dropped
-    xs, delta, Bs = tokens(slice(-(R + T), None))
+    xs, delta, Bs = (v[:, -(R + T):] for v in kept)                     # (b,R+T,H,.)
     if done is not None:
         delta = delta.masked_fill(done, 0)
     if mamba:
