@@ -55,17 +55,9 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
 try:
@@ -161,7 +153,9 @@ def recurrence(x, delta, A, B, C, state=None):
 def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     """The same function as `recurrence`, fast: tokens are taken `chunk` at a time; T = l.
 
-    Nothing is divided by a decay. State and decays are at least fp32. Shapes: `recurrence`.
+    Nothing is divided by a decay: exp(-3000) is 0. State and decays are at least fp32. 64 tokens
+    make products large enough; 16 keep Mamba's (chunk,b,H,P,N) in a CPU's cache.
+    Shapes: `recurrence`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
@@ -176,6 +170,7 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
 def mamba2_scan(x, delta, A, B, C, state, chunk):
     """Mamba2 decays a head as a whole: a chunk is a masked attention plus the carried state.
 
+    Work grows as l (chunk + 2 N) P per head, all but the carry in products of matrices.
     Shapes: `recurrence`; c is the number of chunks.
     """
     # 1. cut into chunks; padded tokens have delta 0: they do nothing
@@ -292,7 +287,10 @@ def mamba_scan(x, delta, A, B, C, state, chunk):
 
 
 def use_triton(impl, state):
-    """The one dispatch: impl "torch" or "triton" forces a form; None takes Triton where it runs."""
+    """The one dispatch: impl "torch" or "triton" forces a form; None takes Triton where it runs.
+
+    The kernels compute in fp32, so float64, the precision of the exactness tests, is PyTorch's.
+    """
     if impl is not None:
         return impl == "triton"
     runs = state.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -356,14 +354,20 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
                                  counts, ring, runs)
     (T, H), wide, mamba = C.shape[1:3], state.dtype, A.shape[-1] > 1
     R, row, slot, fold, done = plan or replay_plan(counts, T, ring, ring_x.shape[1])
+
+    # 1. the new inputs enter the rings; old and new ones come out in a row, one copy per head
     delta, C, kept = F.softplus(dt.to(wide) + dt_bias, 1, 40), C.to(wide), []
     for ring_v, v in (ring_x, x), (ring_dt, delta), (ring_B, B):
         ring_v[row, slot[:, -T:]] = v.to(ring_v.dtype)
         kept.append(to_heads(ring_v[row, slot].to(wide), H, runs))      # (b,.+T,H,.)
-    if fold is not None:                                                # a flush is rare
+
+    # 2. the flush, which is rare: Delta = 0 leaves the state as it is, so one scan serves all rows
+    if fold is not None:
         xs, delta, Bs = (v[:, :-T] for v in kept)
         scan, read = (recurrence, Bs[:, -1:]) if mamba else (chunked_scan, Bs)
         state.copy_(scan(xs, delta * fold, A, Bs, read, state)[1])      # what it reads is dropped
+
+    # 3. replay and go on, from the checkpoint; what it holds already gets Delta = 0 as well
     xs, delta, Bs = (v[:, -(R + T):] for v in kept)                     # (b,R+T,H,.)
     if done is not None:
         delta = delta.masked_fill(done, 0)
@@ -438,14 +442,6 @@ def product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
-def to_end(delta, a):
-    """What tokens leave at the end of their row: Delta_s exp(decay after s) each, total decay."""
-    decay = delta * a
-    return delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0)), tl.exp(
-        tl.sum(decay))
-
-
-@triton.jit
 def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                   x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
@@ -466,6 +462,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
+
+    # from here on the pointers are those of this row and head
     row = row.to(tl.int64)                                              # offsets pass 2^31
     x += row * T * x_row + group(h, H, GX, RUNS) * P
     B += row * T * B_row + group(h, H, GB, RUNS) * N
@@ -481,7 +479,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     if n_old + T > ring:
         slot = (base + s) % SLOTS
         x_s = tl.load(ring_x + slot[:, None] * (GX * P) + p[None, :])   # (BR,BP)
-        weight, keep = to_end(tl.where(s < length - base, tl.load(ring_dt + slot * H), 0), a)
+        delta = tl.where(s < length - base, tl.load(ring_dt + slot * H), 0)     # (BR,)
+        decay = delta * a
+        weight = delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
+        keep = tl.exp(tl.sum(decay))                                    # what is left of the state
         u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
         old_B = ring_B + slot[:, None] * (GB * N) + n
         for i in range(0, N, BN):
@@ -670,6 +671,7 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     kernel, grid = (mamba2_kernel, P // tile[0]) if mamba2 else (mamba_kernel, H * P // tile[0])
     y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
     x, B = x.to(ring_x.dtype), B.to(ring_B.dtype)
+    # column slices of one projection stay where they are: the kernel gets the strides of rows
     new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
@@ -687,7 +689,7 @@ def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
     + W - 1, zeros at first: positions below 0 count as zero. Memory: one read of u and of W - 1 old
     rows, one write of u and of the output, per row of the batch.
 
-    u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
+    u (b,T,c)  weight (c,W)  bias (c)  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
     """
     (b, T, c), W, slots = u.shape, weight.shape[1], ring_u.shape[1]
     if plan is None and use_triton(impl, u):
@@ -702,23 +704,25 @@ def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
     _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
     ring_u[row, slot[:, -T:]] = u
     window = ring_u[row, slot[:, -(W - 1 + T):]].unfold(1, W, 1)        # (b,T,c,W)
-    out = (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
-    out = out if bias is None else out + bias
+    out = bias + (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
     return (F.silu(out) if act else out).to(u.dtype)
 
 
 @triton.jit
 def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.constexpr,
                 W: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """BC channels of one row; a tap before the new tokens comes from the ring."""
+    """BC channels of one row; a tap before the new tokens comes from the ring.
+
+    W loads of each input hit the L1, so memory sees one. A channel is read and written by one
+    program, and the slots of the new tokens are none of those that the window reads.
+    """
     row, b = tl.program_id(1), tl.num_programs(1)
     first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
     t, j, row = tl.arange(0, BT), tl.program_id(0) * BC + tl.arange(0, BC), row.to(tl.int64)
     u, ring_u = u + row * T * u_row + j[None, :], ring_u + row * slots * c + j[None, :]
     real, in_c = (t < T)[:, None], (j < c)[None, :]
     acc = tl.zeros((BT, BC), tl.float32)
-    if bias is not None:
-        acc += tl.load(bias + j, mask=j < c, other=0).to(tl.float32)[None, :]
+    acc += tl.load(bias + j, mask=j < c, other=0).to(tl.float32)[None, :]
     for w in tl.static_range(W):
         at = t + (w - W + 1)                                            # (BT,) relative to first
         now, before = (at >= 0)[:, None] & real, ((at < 0) & (first + at >= 0))[:, None] & real
