@@ -209,7 +209,7 @@ def chunk_outputs(u, cum, B, C, start):
     # products of 3-D tensors cost half the overhead on a CPU
     u, cum, B, C, start = (v.flatten(0, -3) for v in (u, cum, B, C, start))
     cum_t = cum[:, l - T:]                                              # (.,T,1)
-    decay = (cum_t - cum.mT).clamp_(max=0).exp_()                       # (.,T,l)
+    decay = (cum_t - cum.mT).tril_(l - T).exp_()    # (.,T,l), 1 where s > t: exp may not overflow
     scores = (C.bmm(B.mT) * decay.to(u.dtype)).tril_(l - T)             # nothing from s > t
     y = torch.addcmul(scores.bmm(u), cum_t.exp().to(u.dtype), C.bmm(start.mT))
     return y.view(*heads, T, -1)
