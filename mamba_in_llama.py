@@ -654,12 +654,6 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     return min(BP, max(1, 128 // BN)), BN, min(triton.next_power_of_2(ring), 8), 8, 1, None, 1
 
 
-def rows(v):
-    """(b,T,i,j) -> (b T, i j): a view also for a column slice of a projection's output."""
-    v = v.flatten(2).flatten(0, 1)
-    return v if v.stride(1) == 1 else v.contiguous()
-
-
 def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
                       ring, runs):
     """`multi_step` on the GPU (or in the interpreter): one launch, nothing read by the host."""
@@ -669,10 +663,10 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
         assert v.is_contiguous(), "state, rings, counts and per-head weights must be contiguous"
     *tile, warps, registers, stages = tile_sizes(mamba2, b, H, P, N, T, ring)
     kernel, grid = (mamba2_kernel, P // tile[0]) if mamba2 else (mamba_kernel, H * P // tile[0])
-    y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
-    x, B = x.to(ring_x.dtype), B.to(ring_B.dtype)
-    # column slices of one projection stay where they are: the kernel gets the strides of rows
-    new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
+    y, x, B = x.new_empty(b, T, H, P), x.to(ring_x.dtype), B.to(ring_B.dtype)
+    # (b T,.): a view also of a projection's columns, whose row stride the kernel is told
+    new = [v if v is None else v.reshape(b * T, -1) for v in (x, dt, B, C, z)]
+    assert all(v is None or v.stride(1) == 1 for v in new), "inputs must be contiguous by token"
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
         kernel[grid, H if mamba2 else 1, b](
@@ -694,7 +688,7 @@ def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
     (b, T, c), W, slots = u.shape, weight.shape[1], ring_u.shape[1]
     if plan is None and use_triton(impl, u):
         assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
-        out, u = torch.empty(b, T, c, dtype=u.dtype, device=u.device), rows(u[..., None])
+        out, u = u.new_empty(b, T, c), u.reshape(b * T, c)              # a view also of columns
         BC = 64 if b * c < 2 ** 17 else 256
         with torch.cuda.device_of(u):
             conv_kernel[triton.cdiv(c, BC), b](
