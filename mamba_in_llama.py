@@ -55,17 +55,9 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
 try:
@@ -141,25 +133,29 @@ def recurrence(x, delta, A, B, C, state=None):
     """The definition of both mixers, token by token; slow, and what every fast form must equal.
 
     delta (b,l,H,p') > 0 and A (H,p',n') < 0 broadcast over the state: p' = n' = 1 is Mamba2,
-    p' = P and n' = N is Mamba. With delta = 1 and A = 0 this is linear attention.
+    p' = P and n' = N is Mamba. With delta = 1 and A = 0 this is linear attention. The T <= l
+    tokens that C brings are the last ones: only they are read.
 
-    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
-    -> y (b,l,H,P), state
+    x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B (b,l,H,N)  C (b,T,H,N)  state (b,H,P,N)
+    -> y (b,T,H,P), state
     """
-    b, _, H, P = x.shape
+    b, l, H, P = x.shape
     h = x.new_zeros(b, H, P, B.shape[-1]) if state is None else state
-    ys = []
-    for x_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, delta, B, C))):
+    ys, unread = [], l - C.shape[1]
+    for t, (x_t, d_t, B_t) in enumerate(zip(*(v.unbind(1) for v in (x, delta, B)))):
         decay = torch.exp(d_t[..., None] * A)                           # (b,H,p',n')
         h = decay * h + (d_t * x_t)[..., None] * B_t[..., None, :]      # (b,H,P,N)
-        ys.append((h * C_t[..., None, :]).sum(-1))                      # (b,H,P)
+        if t >= unread:
+            ys.append((h @ C[:, t - unread, :, :, None])[..., 0])       # (b,H,P)
     return torch.stack(ys, 1), h
 
 
 def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
-    """The same function as `recurrence`, fast: tokens are taken `chunk` at a time.
+    """The same function as `recurrence`, fast: tokens are taken `chunk` at a time; T = l.
 
-    Nothing is divided by a decay. State and decays are at least fp32. Shapes: `recurrence`.
+    Nothing is divided by a decay: exp(-3000) is 0. State and decays are at least fp32. 64 tokens
+    make products large enough; 16 keep Mamba's (chunk,b,H,P,N) in a CPU's cache.
+    Shapes: `recurrence`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
@@ -167,43 +163,56 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     if x.shape[1] == 1:
         y, state = recurrence(*(v.to(wide) for v in (x, delta, A, B, C)), state)
         return y.to(x.dtype), state
-    if A.shape[-1] == 1:
-        return mamba2_scan(x, delta, A, B, C, state, min(chunk or 64, x.shape[1]))
-    return mamba_scan(x, delta, A, B, C, state, chunk or 16)
+    scan, most = (mamba2_scan, 64) if A.shape[-1] == 1 else (mamba_scan, 16)
+    return scan(x, delta, A, B, C, state, min(chunk or most, x.shape[1]))
 
 
 def mamba2_scan(x, delta, A, B, C, state, chunk):
     """Mamba2 decays a head as a whole: a chunk is a masked attention plus the carried state.
 
+    Work grows as l (chunk + 2 N) P per head, all but the carry in products of matrices.
     Shapes: `recurrence`; c is the number of chunks.
     """
+    # 1. cut into chunks; padded tokens have delta 0: they do nothing
     wide, l = state.dtype, x.shape[1]
-    if -l % chunk:                                  # padded tokens have delta 0: they do nothing
+    if -l % chunk:
         x, delta, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % chunk)) for v in (x, delta, B, C))
-    x, delta, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3)       # (b,c,H,chunk,.)
-                      for v in (x, delta, B, C))
-    cum = (delta[..., 0].to(wide) * A[:, 0].to(wide)).cumsum(-1)        # log decay from the start
+    x, delta, B, C = (v.unflatten(1, (-1, chunk)).transpose(2, 3).contiguous()
+                      for v in (x, delta, B, C))                        # (b,c,H,chunk,.)
+    cum = (delta.to(wide) * A.to(wide)).cumsum(-2)                      # (b,c,H,chunk,1)
     u = (delta * x).to(x.dtype)                                         # (b,c,H,chunk,P)
 
-    # 1. inside the chunk: attention without softmax, weighted by the decay from s to t
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (cum[..., None] - cum[..., None, :]).masked_fill(future, -math.inf).exp()
-    y = (C @ B.mT * decay.to(x.dtype)) @ u                              # (b,c,H,chunk,P)
-
     # 2. what each chunk adds to the state, decayed to the chunk's end
-    to_end = (cum[..., -1:] - cum).exp()[..., None].to(x.dtype)
+    to_end = (cum[..., -1:, :] - cum).exp().to(x.dtype)                 # (b,c,H,chunk,1)
     added = ((u * to_end).mT @ B).to(wide)                              # (b,c,H,P,N)
 
     # 3. the state carried from chunk to chunk
-    total, starts = cum[..., -1, None, None].exp(), []                  # (b,c,H,1,1)
+    total, starts = cum[..., -1:, :].exp(), []                          # (b,c,H,1,1)
     for total_c, added_c in zip(total.unbind(1), added.unbind(1)):
         starts.append(state)
         state = torch.addcmul(added_c, total_c, state)
-    start = torch.stack(starts, 1).to(x.dtype)                          # (b,c,H,P,N)
 
-    # 4. what the carried state contributes to each output
-    y = y + (C * cum.exp()[..., None].to(x.dtype)) @ start.mT
+    # 4. outputs, from the tokens of the same chunk and from its start (b,c,H,P,N)
+    y = chunk_outputs(u, cum, B, C, torch.stack(starts, 1).to(x.dtype))
     return y.transpose(2, 3).flatten(1, 2)[:, :l], state
+
+
+def chunk_outputs(u, cum, B, C, start):
+    """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) u_s.
+
+    Attention without softmax, weighted by the decay from s to t, plus the carried state h_0.
+    u = Delta x; cum_t sums the log decays Delta A up to token t. C brings the last T tokens.
+
+    u (.,l,P)  cum (.,l,1)  B (.,l,N)  C (.,T,N)  start (.,P,N) -> y (.,T,P)
+    """
+    (*heads, T, _), l = C.shape, u.shape[-2]
+    # products of 3-D tensors cost half the overhead on a CPU
+    u, cum, B, C, start = (v.flatten(0, -3) for v in (u, cum, B, C, start))
+    cum_t = cum[:, l - T:]                                              # (.,T,1)
+    decay = (cum_t - cum.mT).tril_(l - T).exp_()    # (.,T,l), 1 where s > t: exp may not overflow
+    scores = (C.bmm(B.mT) * decay.to(u.dtype)).tril_(l - T)             # nothing from s > t
+    y = torch.addcmul(scores.bmm(u), cum_t.exp().to(u.dtype), C.bmm(start.mT))
+    return y.view(*heads, T, -1)
 
 
 class MambaScan(torch.autograd.Function):
@@ -216,63 +225,60 @@ class MambaScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def states(start, u, delta, A, B, decay, h):
+    def states(start, A, u, delta, B, decays, hs):
         """Fill decay (t,b,H,P,N) and h (t+1,b,H,P,N): h[0] the start, h[i + 1] after token i."""
+        decay, h = decays[:len(u)], hs[:len(u) + 1]
         h[0] = start
         torch.mul(delta[..., None], A, out=decay).exp_()
         torch.mul(u[..., None], B[..., None, :], out=h[1:])
         for before, now, decay_t in zip(h[:-1], h[1:], decay):
             now.addcmul_(decay_t, before)
+        return decay, h
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, state, chunk):
-        """u = Delta x (b,l,H,P), the rest as in `recurrence` -> y (b,l,H,P), state"""
-        inputs = [v.transpose(0, 1).contiguous() for v in (u, delta, B, C)]
-        y, starts, chunk = torch.empty_like(inputs[0]), [], min(chunk, u.shape[1])
-        decays, hs = (state.new_empty(chunk + i, *state.shape) for i in (0, 1))
-        for u, delta, B, C, y_c in zip(*(v.split(chunk) for v in (*inputs, y))):
+        """u = Delta x (l,b,H,P), the rest as in `recurrence` -> y (l,b,H,P), state"""
+        ctx.chunk, starts, ys = chunk, [], []
+        buffers = [state.new_empty(chunk + i, *state.shape) for i in (0, 1)]
+        for u_c, delta_c, B_c, C_c in zip(*(v.split(chunk) for v in (u, delta, B, C))):
             starts.append(state)
-            h = hs[:len(u) + 1]
-            MambaScan.states(state, u, delta, A, B, decays[:len(u)], h)
-            torch.matmul(h[1:], C[..., None], out=y_c[..., None])
+            h = MambaScan.states(state, A, u_c, delta_c, B_c, *buffers)[1]
+            ys.append(h[1:] @ C_c[..., None])                           # (t,b,H,P,1)
             state = h[-1].clone()
-        ctx.save_for_backward(A, *inputs, *starts)
-        ctx.chunk = chunk
-        return y.transpose(0, 1), state
+        ctx.save_for_backward(A, u, delta, B, C, *starts)
+        return torch.cat(ys)[..., 0], state
 
     @staticmethod
     def backward(ctx, dy, g):
-        """dy (b,l,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
+        """dy (l,b,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
         A, *saved = ctx.saved_tensors
-        inputs, starts, dA = saved[:4], saved[4:], torch.zeros_like(A)
-        grads = [torch.empty_like(v) for v in inputs]
-        decays, dhs, hs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 0, 1))
-        chunks = zip(starts, *(v.split(ctx.chunk) for v in (*inputs, *grads, dy.transpose(0, 1))))
-        for start, u, delta, B, C, du, ddelta, dB, dC, dy in reversed(list(chunks)):
-            decay, dh, h = (v[:len(u) + i] for v, i in ((decays, 0), (dhs, 0), (hs, 1)))
-            MambaScan.states(start, u, delta, A, B, decay, h)
-            torch.matmul(dy[..., None, :], h[1:], out=dC[..., None, :])
-            torch.mul(dy[..., None], C[..., None, :], out=dh)
+        dA, grads, inputs, starts = torch.zeros_like(A), [], (*saved[:4], dy), saved[4:]
+        *buffers, dhs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 1, 0))
+        chunks = [*zip(starts, *(v.split(ctx.chunk) for v in inputs))]
+        for start, u, delta, B, C, dy in chunks[::-1]:
+            decay, h = MambaScan.states(start, A, u, delta, B, *buffers)
+            dh = torch.mul(dy[..., None], C[..., None, :], out=dhs[:len(u)])    # (t,b,H,P,N)
             dh[-1] += g
             for t in range(len(u) - 1, 0, -1):
                 dh[t - 1].addcmul_(decay[t], dh[t])
-            torch.matmul(dh, B[..., None], out=du[..., None])
-            torch.matmul(u[..., None, :], dh, out=dB[..., None, :])
+            du, dB, dC = dh @ B[..., None], u[..., None, :] @ dh, dy[..., None, :] @ h[1:]
             dlog = dh.mul_(decay)                       # now of decay_t h_{t-1}
             g = dlog[0].clone()
             dlog.mul_(h[:-1])                           # now of Delta_t A, the log decay
-            torch.sum(torch.mul(dlog, A, out=decay), -1, out=ddelta)
+            ddelta = torch.mul(dlog, A, out=decay).sum(-1)              # (t,b,H,P)
             dA += dlog.mul_(delta[..., None]).sum((0, 1))
-        return (*(v.transpose(0, 1) for v in grads[:2]), dA,
-                *(v.transpose(0, 1) for v in grads[2:]), g, None)
+            grads.append((du[..., 0], ddelta, dB[..., 0, :], dC[..., 0, :]))
+        du, ddelta, dB, dC = (torch.cat(parts[::-1]) for parts in zip(*grads))
+        return du, ddelta, dA, dB, dC, g, None
 
 
 @torch.compiler.disable                             # which would unroll the loops over tokens
 def mamba_scan(x, delta, A, B, C, state, chunk):
     """Mamba's scan, a chunk of states at a time. Shapes: `recurrence`"""
-    u, *rest = (v.to(state.dtype) for v in (delta * x, delta, A, B, C, state))
-    y, state = MambaScan.apply(u, *rest, chunk)
-    return y.to(x.dtype), state
+    u, delta, B, C = (v.to(state.dtype).transpose(0, 1).contiguous()    # (l,b,H,.)
+                      for v in (delta * x, delta, B, C))
+    y, state = MambaScan.apply(u, delta, A.to(state.dtype), B, C, state, chunk)
+    return y.transpose(0, 1).to(x.dtype), state
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,7 +287,10 @@ def mamba_scan(x, delta, A, B, C, state, chunk):
 
 
 def use_triton(impl, state):
-    """The one dispatch: impl "torch" or "triton" forces a form; None takes Triton where it runs."""
+    """The one dispatch: impl "torch" or "triton" forces a form; None takes Triton where it runs.
+
+    The kernels compute in fp32, so float64, the precision of the exactness tests, is PyTorch's.
+    """
     if impl is not None:
         return impl == "triton"
     runs = state.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -297,54 +306,27 @@ def to_heads(v, H, runs):
     return v.reshape(b, l, H, n)
 
 
-@lru_cache
-def head_groups(H, G, runs):
-    """The group of each head, by `to_heads`. -> (H,1), on the CPU"""
-    return to_heads(torch.arange(G).view(1, 1, G, 1), H, runs).view(H, 1)
-
-
-class Replay(NamedTuple):
+def replay_plan(counts, T, ring, slots, W=1):
     """Which tokens a decoding call goes through; on a CPU made once for all layers of the call.
 
-    R old tokens, at most, of each row since its checkpoint, and T new ones; their slots in the
-    rings, with as many before them as the convolution's window needs. A mask may be None: no token.
+    counts (3,b), ring, slots: see `multi_step`; W: the convolution's width. -> R old tokens, at
+    most, that the checkpoint lacks after the flush; row (b,1) and slot (b,.+T) in the rings, of
+    old and new tokens; fold (b,.,1,1) old tokens that enter the checkpoint: the flush;
+    done (b,R+T,1,1) tokens that it then holds. A mask may be None: no token.
     """
-
-    R: int
-    row: torch.Tensor                  # (b,1)
-    slot: torch.Tensor                 # (b,.+T), the last R + T are old and new tokens
-    new: torch.Tensor                  # (b,T) the slots of the new tokens
-    valid: torch.Tensor | None         # (b,T) new tokens that count
-    absent: torch.Tensor | None        # (b,R+T) tokens that the checkpoint holds already
-    fold: torch.Tensor | None          # (b,R) old tokens that enter the checkpoint: the flush
-    before: torch.Tensor | None        # (b,W-1+T) positions below 0 in the convolution's window
-
-
-def replay_plan(counts, n_valid, T, ring, slots, W=1):
-    """counts (3,b), n_valid (b,) or None, ring: see `multi_step`; W: the convolution's width."""
     base, length, pending = counts[..., None].unbind()                  # (b,1) each
     first, device = length + pending, counts.device
-    R = slots // 2 if counts.is_cuda else int((first - base).max())     # a host read is free here
-    reach = max(R, W - 1)
-    s = first + torch.arange(-reach, T, device=device)                  # (b,reach+T) positions
-    old, window = s[:, reach - R:], s[:, reach - W + 1:]
-    valid = None if n_valid is None else old[:, R:] < first + n_valid[:, None]
-    masks = old < base, (old[:, :R] < length) & (first - base + T > ring), window < 0
-    masks = (mask if mask.is_cuda or mask.any() else None for mask in masks)
-    row, slot = torch.arange(len(s), device=device)[:, None], s % slots
-    return Replay(R, row, slot, slot[:, reach:], valid, *masks)
-
-
-def put(ring, plan, new):
-    """Write `new` (b,T,...) into its slots of a ring, in place, where `plan.valid` (b,T)."""
-    at = plan.row, plan.new
-    if plan.valid is not None:
-        new = torch.where(plan.valid.view(*plan.valid.shape, *[1] * (new.ndim - 2)), new, ring[at])
-    ring[at] = new.to(ring.dtype)
+    end = torch.where(first - base + T > ring, length, base)            # the flush moves it
+    # a host read is free on a CPU
+    most, R = [slots // 2] * 2 if counts.is_cuda else [int((first - v).max()) for v in (base, end)]
+    s = first + torch.arange(-max(most, W - 1), T, device=device)       # (b,.+T) positions
+    fold, done = ((s >= base) & (s < end))[:, :-T], s[:, -(R + T):] < end
+    fold, done = (v[..., None, None] if v.is_cuda or v.any() else None for v in (fold, done))
+    return R, torch.arange(len(s), device=device)[:, None], s % slots, fold, done
 
 
 def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
-               n_valid=None, ring=16, runs=1, impl=None, plan=None):
+               ring=16, runs=1, impl=None, plan=None):
     """T tokens per row from a checkpoint `state` and a ring of the inputs since (Algorithm 2).
 
     Delta = softplus(dt + dt_bias); h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T;
@@ -354,9 +336,9 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     2 * ring, zeros at first; ring_dt holds Delta. A row with too many tokens since its checkpoint,
     (length - base) + pending + T > ring, folds base..length-1 into its `state` (the flush); other
     rows only read theirs. pending + T <= ring, or "mamba2"'s tile is too short ("mamba" loops: it
-    may fold earlier). The first n_valid (b,) of the T inputs are stored; y of the others means
-    nothing. counts stay as they are: the caller sets base = length in flushed rows and adds to
-    pending.
+    may fold earlier). A row that brings fewer tokens ends in arbitrary ones, whose y and slots
+    mean nothing. counts stay as they are: the caller sets base = length in flushed rows and adds
+    what each row brought to pending.
 
     Bytes per row and call, u = input bytes, S = tokens since base, p = H or H P (Delta's size):
     4 H P N for the state, (u (Gx P + Gb N) + 4 p) S for the ring, T (u (2 H P + H N + Gx P
@@ -369,58 +351,35 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
     """
     if plan is None and use_triton(impl, state):
         return multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B,
-                                 counts, n_valid, ring, runs)
-    T, H, wide = *C.shape[1:3], state.dtype
-    plan = plan or replay_plan(counts, n_valid, T, ring, ring_x.shape[1])
-    R, row, slot = plan.R, plan.row[..., None], plan.slot[:, None, -(plan.R + T):]      # (b,1,R+T)
-    delta = F.softplus(dt.to(wide) + dt_bias, threshold=40)
+                                 counts, ring, runs)
+    (T, H), wide, mamba = C.shape[1:3], state.dtype, A.shape[-1] > 1
+    R, row, slot, fold, done = plan or replay_plan(counts, T, ring, ring_x.shape[1])
+
+    # 1. the new inputs enter the rings; old and new ones come out in a row, one copy per head
+    delta, C, kept = F.softplus(dt.to(wide) + dt_bias, 1, 40), C.to(wide), []
     for ring_v, v in (ring_x, x), (ring_dt, delta), (ring_B, B):
-        put(ring_v, plan, v)
-    xs, delta, Bs = (v[row, slot, head_groups(H, v.shape[2], runs)].to(wide)    # (b,H,R+T,.)
-                     for v in (ring_x, ring_dt, ring_B))
-    if plan.absent is not None:
-        delta = delta.masked_fill(plan.absent[:, None, :, None], 0)
-    form = parallel_form if A.shape[-1] == 1 else recurrent_form
-    y = form(xs * delta, delta, Bs, C.to(wide).transpose(1, 2), A.to(wide), state, R, plan.fold)
+        ring_v[row, slot[:, -T:]] = v.to(ring_v.dtype)
+        kept.append(to_heads(ring_v[row, slot].to(wide), H, runs))      # (b,.+T,H,.)
+
+    # 2. the flush, which is rare: Delta = 0 leaves the state as it is, so one scan serves all rows
+    if fold is not None:
+        xs, delta, Bs = (v[:, :-T] for v in kept)
+        scan, read = (recurrence, Bs[:, -1:]) if mamba else (chunked_scan, Bs)
+        state.copy_(scan(xs, delta * fold, A, Bs, read, state)[1])      # what it reads is dropped
+
+    # 3. replay and go on, from the checkpoint; what it holds already gets Delta = 0 as well
+    xs, delta, Bs = (v[:, -(R + T):] for v in kept)                     # (b,R+T,H,.)
+    if done is not None:
+        delta = delta.masked_fill(done, 0)
+    if mamba:
+        y = recurrence(xs, delta, A, Bs, C, state)[0]                   # (b,T,H,P)
+    else:
+        cum = (delta * A[:, 0]).cumsum(1)                               # (b,R+T,H,1)
+        u, cum, Bs, C = (v.transpose(1, 2) for v in (xs * delta, cum, Bs, C))
+        y = chunk_outputs(u, cum, Bs, C, state).transpose(1, 2)
     if D is not None:
-        y = torch.addcmul(y, D[:, None], xs[:, :, R:])                  # (b,H,T,P)
-    y = y.transpose(1, 2)
+        y = torch.addcmul(y, D, xs[:, R:])
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
-
-
-def parallel_form(u, delta, B, C, A, state, R, fold):
-    """Mamba2: y_t = exp(cum_t) C_t h_0 + sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) Delta_s x_s.
-
-    The first R tokens are old ones; those marked in `fold` (b,R) also enter the state.
-    u (b,H,R+T,P)  delta (b,H,R+T,1)  B (b,H,R+T,N)  C (b,H,T,N) -> y (b,H,T,P)
-    """
-    (b, H, T), log_decay = C.shape[:3], delta[..., 0] * A[:, 0]
-    cum = log_decay.cumsum(-1).flatten(0, 1)                            # (b H,R+T)
-    u, B, C, h = (v.flatten(0, 1) for v in (u, B, C, state))            # products of 3-D tensors
-    cum_t = cum[:, R:, None]                                            # (b H,T,1)
-    scores = C.bmm(B.mT).mul_((cum_t - cum[:, None]).clamp_(max=0).exp_())      # (b H,T,R+T)
-    scores = scores if T == 1 else scores.tril_(R)
-    y = torch.addcmul(scores.bmm(u), cum_t.exp(), C.bmm(h.mT))          # (b H,T,P)
-    if R and fold is not None:                                          # a flush is rare
-        log_decay = log_decay[..., :R] * fold[:, None]                  # 0 = leaves the state
-        total = log_decay.sum(-1, keepdim=True)                         # (b,H,1)
-        weight = (total - log_decay.cumsum(-1)).clamp_(max=0).exp_() * fold[:, None]
-        state.mul_(total[..., None].exp())
-        h += (u[:, :R] * weight.view(-1, R, 1)).mT.bmm(B[:, :R])        # (b H,P,N), a view of state
-    return y.view(b, H, T, -1)
-
-
-def recurrent_form(u, delta, B, C, A, state, R, fold):
-    """Mamba: every state entry decays by itself, so token by token; shapes as above."""
-    h, kept, ys = state, state, []
-    for i, (u_i, d_i, B_i) in enumerate(zip(*(v.unbind(2) for v in (u, delta, B)))):
-        h = (d_i[..., None] * A).exp() * h + u_i[..., None] * B_i[..., None, :]   # (b,H,P,N)
-        if i >= R:
-            ys.append((h @ C[:, :, i - R, :, None])[..., 0])            # (b,H,P)
-        elif fold is not None:                      # the checkpoint stops at the last folded token
-            kept = torch.where(fold[:, i, None, None, None], h, kept)
-    state.copy_(kept)
-    return torch.stack(ys, 2)
 
 
 @triton.jit
@@ -483,15 +442,7 @@ def product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
-def to_end(delta, a):
-    """What tokens leave at the end of their row: Delta_s exp(decay after s) each, total decay."""
-    decay = delta * a
-    return delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0)), tl.exp(
-        tl.sum(decay))
-
-
-@triton.jit
-def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                   x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
@@ -511,7 +462,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
-    valid = T if n_valid is None else tl.load(n_valid + row)
+
+    # from here on the pointers are those of this row and head
     row = row.to(tl.int64)                                              # offsets pass 2^31
     x += row * T * x_row + group(h, H, GX, RUNS) * P
     B += row * T * B_row + group(h, H, GB, RUNS) * N
@@ -527,7 +479,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     if n_old + T > ring:
         slot = (base + s) % SLOTS
         x_s = tl.load(ring_x + slot[:, None] * (GX * P) + p[None, :])   # (BR,BP)
-        weight, keep = to_end(tl.where(s < length - base, tl.load(ring_dt + slot * H), 0), a)
+        delta = tl.where(s < length - base, tl.load(ring_dt + slot * H), 0)     # (BR,)
+        decay = delta * a
+        weight = delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
+        keep = tl.exp(tl.sum(decay))                                    # what is left of the state
         u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
         old_B = ring_B + slot[:, None] * (GB * N) + n
         for i in range(0, N, BN):
@@ -575,7 +530,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     tl.store(y, out, mask=(t < T)[:, None])
 
     # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
-    new = (s >= n_old) & (s < n_old + valid)
+    new = (s >= n_old) & (s < n_old + T)
     if is_first(h, H, GX, RUNS):
         tl.store(ring_x + slot[:, None] * (GX * P) + p[None, :], x_s, mask=new[:, None])
     if split == 0:
@@ -588,26 +543,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
 
 
 @triton.jit
-def load_n(v, n, N: tl.constexpr):
-    """Entries of v where n < N; N a power of two fills the tile and needs no mask."""
-    if N & (N - 1) == 0:
-        return tl.load(v)
-    return tl.load(v, mask=n < N, other=0)
-
-
-@triton.jit
-def store_n(v, value, n, N: tl.constexpr, real=True):
-    """The same for stores, and where `real`."""
-    if N & (N - 1) == 0:
-        tl.store(v, value, mask=real)
-    else:
-        tl.store(v, value, mask=real & (n < N))
-
-
-@triton.jit
-def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
-           SLOTS: tl.constexpr, X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr,
-           BR: tl.constexpr):
+def replay(h, a, ring_x, ring_dt, ring_B, in_n, base, first, last, SLOTS: tl.constexpr,
+           X: tl.constexpr, W: tl.constexpr, Y: tl.constexpr, BR: tl.constexpr):
     """The state h after old tokens first..last-1, BR of them requested at once. Widths of the
     rings: X, W, Y."""
     while first < last:
@@ -616,7 +553,7 @@ def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
             slot = (base + tl.minimum(first + i, last - 1)) % SLOTS
             ds += (tl.load(ring_dt + slot * W),)                        # (BP,)
             xs += (tl.load(ring_x + slot * X),)                         # (BP,)
-            Bs += (load_n(ring_B + slot * Y, n, N),)                    # (BP,NC,BN)
+            Bs += (tl.load(ring_B + slot * Y, mask=in_n, other=0),)     # (BP,NC,BN)
         for i in tl.static_range(BR):
             if first + i < last:
                 u = ds[i] * xs[i].to(tl.float32)
@@ -626,7 +563,7 @@ def replay(h, a, ring_x, ring_dt, ring_B, n, N: tl.constexpr, base, first, last,
 
 
 @triton.jit
-def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                  x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                  C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                  T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
@@ -646,11 +583,13 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     n = tl.arange(0, NC)[None, :, None] * BN + tl.arange(0, BN)[None, None, :]  # (1,NC,BN)
     h, p = j // P, j % P                                                # (BP,) head and channel
     gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS)[:, None, None] * N + n
+    in_n = True if N & (N - 1) == 0 else n < N                          # a power of two: no mask
     tile = j[:, None, None] * N + n                                     # (BP,NC,BN)
 
     # what does not depend on the counts is requested first
     state += row * (H * P * N) + tile
-    h_t, a = load_n(state, n, N), load_n(A + tile, n, N) * 1.4426950408889634   # for exp2
+    h_t = tl.load(state, mask=in_n, other=0)
+    a = tl.load(A + tile, mask=in_n, other=0) * 1.4426950408889634      # for exp2
     x, dt, y = x + row * T * x_row + gx, dt + row * T * dt_row + j, y + row * T * (H * P) + j
     B, C = B + row * T * B_row + gb, C + row * T * C_row + h[:, None, None] * N + n
     zs, xs, ds, Bs, Cs = (), (), (), (), ()                             # one entry per token
@@ -658,47 +597,42 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
         z += row * T * z_row + j
     shift = tl.load(bias + j)
     skip = 0.0 if D is None else tl.load(D + j)
-    for t in tl.static_range(min(BT, T)):
-        xs += (tl.load(x + t * x_row),)                                 # (BP,)
-        ds += (tl.load(dt + t * dt_row),)                               # (BP,)
-        Bs += (load_n(B + t * B_row, n, N),)                            # (BP,NC,BN)
-        Cs += (load_n(C + t * C_row, n, N),)                            # (BP,NC,BN)
-        zs += (tl.load(z + t * z_row) if z is not None else 0,)         # (BP,)
 
-    # 1. replay; a flush writes the state after the last committed token
-    ring_x, ring_B = ring_x + row * SLOTS * (GX * P) + gx, ring_B + row * SLOTS * (GB * N) + gb
-    ring_dt += row * SLOTS * (H * P) + j
-    n_old = length + pending - base
-    fold = tl.where(n_old + T > ring, length - base, 0)
-    if fold > 0:
-        h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, base - base, fold, SLOTS,
-                     GX * P, H * P, GB * N, BR)
-        store_n(state, h_t, n, N)
-    h_t = replay(h_t, a, ring_x, ring_dt, ring_B, n, N, base, fold, n_old, SLOTS,
-                 GX * P, H * P, GB * N, BR)
-
-    # 2. the new tokens; each input enters the ring from one program, nobody reads that slot now
-    valid = T if n_valid is None else tl.load(n_valid + row)
-    for t in tl.static_range(T):
+    for t in tl.static_range(-BT, T):
+        # 1. before the first token, replay; a flush writes the state after the last committed one
+        if t == 0:
+            ring_x += row * SLOTS * (GX * P) + gx
+            ring_B += row * SLOTS * (GB * N) + gb
+            ring_dt += row * SLOTS * (H * P) + j
+            n_old = length + pending - base
+            fold = tl.where(n_old + T > ring, length - base, 0)
+            if fold > 0:
+                h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, base, base - base, fold, SLOTS,
+                             GX * P, H * P, GB * N, BR)
+                tl.store(state, h_t, mask=in_n)
+            h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, base, fold, n_old, SLOTS,
+                         GX * P, H * P, GB * N, BR)
+        # 2. what a token BT steps ahead brings is requested
         if t + BT < T:
-            xs += (tl.load(x + (t + BT) * x_row),)
-            ds += (tl.load(dt + (t + BT) * dt_row),)
-            Bs += (load_n(B + (t + BT) * B_row, n, N),)
-            Cs += (load_n(C + (t + BT) * C_row, n, N),)
-            zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)
-        delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
-        u = (delta * x_t)[:, None, None]
-        h_t = tl.exp2(delta[:, None, None] * a) * h_t + u * Bs[t].to(tl.float32)
-        out = tl.sum(tl.sum(h_t * Cs[t].to(tl.float32), 2), 1) + skip * x_t     # (BP,)
-        if z is not None:
-            out *= silu(zs[t].to(tl.float32))
-        tl.store(y + t * (H * P), out)
-        if t < valid:
+            xs += (tl.load(x + (t + BT) * x_row),)                      # (BP,)
+            ds += (tl.load(dt + (t + BT) * dt_row),)                    # (BP,)
+            Bs += (tl.load(B + (t + BT) * B_row, mask=in_n, other=0),)  # (BP,NC,BN)
+            Cs += (tl.load(C + (t + BT) * C_row, mask=in_n, other=0),)  # (BP,NC,BN)
+            zs += (tl.load(z + (t + BT) * z_row) if z is not None else 0,)     # (BP,)
+        # 3. token t; its input enters the ring from one program, nobody reads that slot now
+        if t >= 0:
+            delta, x_t = softplus(ds[t].to(tl.float32) + shift), xs[t].to(tl.float32)
+            u = (delta * x_t)[:, None, None]
+            h_t = tl.exp2(delta[:, None, None] * a) * h_t + u * Bs[t].to(tl.float32)
+            out = tl.sum(tl.sum(h_t * Cs[t].to(tl.float32), 2), 1) + skip * x_t     # (BP,)
+            if z is not None:
+                out *= silu(zs[t].to(tl.float32))
+            tl.store(y + t * (H * P), out)
             slot = (base + n_old + t) % SLOTS
             tl.store(ring_dt + slot * (H * P), delta)
             tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
             first = is_first(h, H, GB, RUNS) & (p == 0)
-            store_n(ring_B + slot * (GB * N), Bs[t], n, N, first[:, None, None])
+            tl.store(ring_B + slot * (GB * N), Bs[t], mask=first[:, None, None] & in_n)
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
@@ -720,14 +654,8 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     return min(BP, max(1, 128 // BN)), BN, min(triton.next_power_of_2(ring), 8), 8, 1, None, 1
 
 
-def rows(v):
-    """(b,T,i,j) -> (b T, i j): a view also for a column slice of a projection's output."""
-    v = v.flatten(2).flatten(0, 1)
-    return v if v.stride(1) == 1 else v.contiguous()
-
-
 def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
-                      n_valid, ring, runs):
+                      ring, runs):
     """`multi_step` on the GPU (or in the interpreter): one launch, nothing read by the host."""
     b, T, GX, P = x.shape
     H, N, mamba2 = C.shape[2], C.shape[3], A.shape[-1] == 1
@@ -735,60 +663,60 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
         assert v.is_contiguous(), "state, rings, counts and per-head weights must be contiguous"
     *tile, warps, registers, stages = tile_sizes(mamba2, b, H, P, N, T, ring)
     kernel, grid = (mamba2_kernel, P // tile[0]) if mamba2 else (mamba_kernel, H * P // tile[0])
-    y = torch.empty(b, T, H, P, dtype=x.dtype, device=x.device)
-    x, B = x.to(ring_x.dtype), B.to(ring_B.dtype)
-    new = [v if v is None else rows(v) for v in (x, dt, B, C, z)]
+    y, x, B = x.new_empty(b, T, H, P), x.to(ring_x.dtype), B.to(ring_B.dtype)
+    # (b T,.): a view also of a projection's columns, whose row stride the kernel is told
+    new = [v if v is None else v.reshape(b * T, -1) for v in (x, dt, B, C, z)]
+    assert all(v is None or v.stride(1) == 1 for v in new), "inputs must be contiguous by token"
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
         kernel[grid, H if mamba2 else 1, b](
-            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts, n_valid,
+            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts,
             *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, *tile,
             num_warps=warps, maxnreg=registers, num_stages=stages)
     return y
 
 
-def conv_step(u, weight, bias, ring_u, counts, n_valid=None, act=True, impl=None, plan=None):
+def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
     """The causal depthwise convolution of T new tokens, whose window reaches back into a ring.
 
-    out_t = silu(bias + sum_w weight_w u_{t-W+1+w}); positions below 0 count as zero. ring_u holds
-    the raw inputs, slots >= 2 * ring + W - 1; the first n_valid (b,) new ones enter it. Memory:
-    one read of u and of W - 1 old rows, one write of u and of the output, per row of the batch.
+    out_t = silu(bias + sum_w weight_w u_{t-W+1+w}). ring_u holds the raw inputs, slots >= 2 * ring
+    + W - 1, zeros at first: positions below 0 count as zero. Memory: one read of u and of W - 1 old
+    rows, one write of u and of the output, per row of the batch.
 
-    u (b,T,c)  weight (c,W)  bias (c) or None  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
+    u (b,T,c)  weight (c,W)  bias (c)  ring_u (b,slots,c)  counts (3,b) -> (b,T,c)
     """
     (b, T, c), W, slots = u.shape, weight.shape[1], ring_u.shape[1]
     if plan is None and use_triton(impl, u):
         assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
-        out, u = torch.empty(b, T, c, dtype=u.dtype, device=u.device), rows(u[..., None])
+        out, u = u.new_empty(b, T, c), u.reshape(b * T, c)              # a view also of columns
         BC = 64 if b * c < 2 ** 17 else 256
         with torch.cuda.device_of(u):
             conv_kernel[triton.cdiv(c, BC), b](
-                u, weight, bias, ring_u, out, counts, n_valid, u.stride(0), T, slots, c, W, act,
+                u, weight, bias, ring_u, out, counts, u.stride(0), T, slots, c, W, act,
                 triton.next_power_of_2(T), BC, num_warps=2)
         return out
-    plan = plan or replay_plan(counts, n_valid, T, 1, slots, W)
-    put(ring_u, plan, u)
-    window = ring_u[plan.row, plan.slot[:, -(W - 1 + T):]]              # (b,W-1+T,c)
-    if plan.before is not None:
-        window = window.masked_fill(plan.before[..., None], 0)
-    window = window.unfold(1, W, 1)                                     # (b,T,c,W)
-    out = (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
-    out = out if bias is None else out + bias
+    _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
+    ring_u[row, slot[:, -T:]] = u
+    window = ring_u[row, slot[:, -(W - 1 + T):]].unfold(1, W, 1)        # (b,T,c,W)
+    out = bias + (window * weight.to(torch.promote_types(u.dtype, torch.float32))).sum(-1)
     return (F.silu(out) if act else out).to(u.dtype)
 
 
 @triton.jit
-def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, c: tl.constexpr,
+def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.constexpr,
                 W: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """BC channels of one row; a tap before the new tokens comes from the ring."""
+    """BC channels of one row; a tap before the new tokens comes from the ring.
+
+    W loads of each input hit the L1, so memory sees one. A channel is read and written by one
+    program, and the slots of the new tokens are none of those that the window reads.
+    """
     row, b = tl.program_id(1), tl.num_programs(1)
     first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
     t, j, row = tl.arange(0, BT), tl.program_id(0) * BC + tl.arange(0, BC), row.to(tl.int64)
     u, ring_u = u + row * T * u_row + j[None, :], ring_u + row * slots * c + j[None, :]
     real, in_c = (t < T)[:, None], (j < c)[None, :]
     acc = tl.zeros((BT, BC), tl.float32)
-    if bias is not None:
-        acc += tl.load(bias + j, mask=j < c, other=0).to(tl.float32)[None, :]
+    acc += tl.load(bias + j, mask=j < c, other=0).to(tl.float32)[None, :]
     for w in tl.static_range(W):
         at = t + (w - W + 1)                                            # (BT,) relative to first
         now, before = (at >= 0)[:, None] & real, ((at < 0) & (first + at >= 0))[:, None] & real
@@ -800,8 +728,6 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, n_valid, u_row, T, slots, 
         acc *= tl.sigmoid(acc)
     tl.store(out + (row * T + t[:, None]) * c + j[None, :], acc, mask=real & in_c)
     new = tl.load(u + t[:, None] * u_row, mask=real & in_c, other=0)    # (BT,BC)
-    if n_valid is not None:
-        real &= (t < tl.load(n_valid + row))[:, None]
     tl.store(ring_u + ((first + t) % slots)[:, None] * c, new, mask=real & in_c)
 
 
@@ -1019,7 +945,7 @@ def decode(model, tokens, cache, n_valid=None):
         cache.visible = min(cache.max_length, int(positions.max()) + 1)
     mixer = next((layer for layer in cache.layers if isinstance(layer, MixerState)), None)
     if mixer and not use_triton(None, mixer.state):
-        cache.plan = replay_plan(cache.counts, cache.n_valid, T, cache.fold_at,
+        cache.plan = replay_plan(cache.counts, T, cache.fold_at,
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     with few_tokens(model, tokens):
@@ -1266,7 +1192,7 @@ class Mixer(nn.Module):
         act = self.config.conv == "default"
         if cache is not None and cache.columns > 0:
             return conv_step(raw, weight, bias, cache.layers[self.layer_idx].ring_u, cache.counts,
-                             cache.n_valid, act, plan=cache.plan)
+                             act, plan=cache.plan)
         # four shifted sums: a compiler fuses them, cuDNN's depthwise kernels are slower
         past = F.pad(raw, (0, 0, self.d_conv - 1, 0))
         out = bias + sum(past[:, w: w + raw.shape[1]] * weight[:, w] for w in range(self.d_conv))
@@ -1313,8 +1239,8 @@ class Mixer(nn.Module):
         A, dt_bias, D = cache.weights[self.layer_idx] if decoding else self.weights()
         if decoding and cache.ring > 0:
             *state, _ = cache.layers[self.layer_idx]
-            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.n_valid,
-                           cache.fold_at, self.runs, plan=cache.plan)
+            y = multi_step(x, dt, B, C, A, dt_bias, D, z, *state, cache.counts, cache.fold_at,
+                           self.runs, plan=cache.plan)
         else:
             before = None if cache is None else cache.layers[self.layer_idx].state
             y, state = self.scan(x, dt + dt_bias, B, C, A, D, z, token_mask, before)

@@ -184,6 +184,19 @@ def test_chunked_scan_is_the_recurrence(mixer, l, chunk):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_only_the_last_tokens_are_read(mixer, T):
+    """C may bring T <= l tokens: the recurrence, and one chunk of Mamba2 as decoding uses it."""
+    x, delta, A, B, C, state = scan_inputs(mixer, l=7)
+    (y, end), (last, same_end) = (M.recurrence(x, delta, A, B, c, state) for c in (C, C[:, -T:]))
+    close(last, y[:, -T:])
+    close(same_end, end)
+    if mixer == "mamba2":
+        u, cum, B, C = (v.transpose(1, 2) for v in (delta * x, (delta * A[:, 0]).cumsum(1), B, C))
+        close(M.chunk_outputs(u, cum, B, C[:, :, -T:], state).transpose(1, 2), last)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_mixers_compile(mixer):
     """A compiled mixer, as long stages on a GPU train it: the same values and gradients."""
     student = make_student([], mixer, layers=1, dtype=torch.float32)
@@ -319,16 +332,11 @@ def projection(b, T, s, gate, dtype):
     return x, dt, B, C, z if gate else None
 
 
+@kernels()
 def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True, skip=True,
              max_T=None, fixed=None, s=None, fold_at=None):
     """Run `calls` rounds; return the largest errors (outputs, final state), relative to the max."""
-    with kernels():
-        return run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T,
-                            fixed, s or sizes(mixer), fold_at or ring)
-
-
-def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max_T, fixed, s,
-                 fold_at):
+    s, fold_at = s or sizes(mixer), fold_at or ring
     torch.manual_seed(seed)
     rng, wide = random.Random(seed), torch.promote_types(dtype, torch.float32)
     A, bias, D = weights(s, skip, wide)
@@ -348,7 +356,7 @@ def run_schedule(mixer, dtype, impl, seed, ring, b, calls, runs, gate, skip, max
         flush = length - base + waiting + T > fold_at
         new = projection(b, T, s, gate, dtype)
         y = M.multi_step(*new[:4], A, bias, D, new[4], state, ring_x, ring_dt, ring_B, counts,
-                         n_valid, fold_at, runs, impl)
+                         fold_at, runs, impl)
         assert y.dtype == dtype and y.isfinite().all()
         for r in range(b):
             taken = T if n_valid is None else int(n_valid[r])
@@ -455,29 +463,25 @@ def test_mamba_may_fold_before_its_ring_is_full(fold_at, impl, dtype, small_tile
 
 @pytest.mark.parametrize("impl,dtype", [("torch", torch.float64), ("triton", torch.float32),
                                         ("triton", torch.bfloat16)])
-@pytest.mark.parametrize("act,biased", [(True, True), (False, False)])
-def test_conv(impl, dtype, act, biased):
-    with kernels():
-        run_conv(impl, dtype, act, biased)
-
-
-def run_conv(impl, dtype, act, biased):
+@pytest.mark.parametrize("act", [True, False])
+@kernels()
+def test_conv(impl, dtype, act):
+    """Rows bring and accept different numbers of tokens; what they do not bring is garbage."""
     rng, (b, c, W, ring) = random.Random(0), (3, 24, 4, 5)
     torch.manual_seed(0)
-    weight, bias = torch.randn(c, W, dtype=dtype), torch.randn(c, dtype=dtype) if biased else None
-    ring_u = torch.full((b, 2 * ring + W - 1, c), 99., dtype=dtype)     # garbage before position 0
+    weight, bias = torch.randn(c, W, dtype=dtype), torch.randn(c, dtype=dtype)
+    ring_u = torch.zeros(b, 2 * ring + W - 1, c, dtype=dtype)
     counts, past = torch.zeros(3, b, dtype=torch.int32), [[] for _ in range(b)]
     for _ in range(12):
         T = rng.randint(1, ring)
         n_valid = torch.tensor([rng.randint(0, T) for _ in range(b)], dtype=torch.int32)
         u = torch.randn(b, T, c + 8, dtype=torch.float64).to(dtype)[..., 8:]
-        out = M.conv_step(u, weight, bias, ring_u, counts, n_valid, act, impl)
+        out = M.conv_step(u, weight, bias, ring_u, counts, act, impl)
         for r in range(b):
             rows = past[r] + [v.double() for v in u[r, :n_valid[r]]]
             for t in range(n_valid[r]):
                 window = ([torch.zeros(c).double()] * W + rows[:len(past[r]) + t + 1])[-W:]
-                want = (torch.stack(window, 1) * weight.double()).sum(1)
-                want = want + bias.double() if biased else want
+                want = (torch.stack(window, 1) * weight.double()).sum(1) + bias.double()
                 want = F.silu(want) if act else want
                 tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
                 torch.testing.assert_close(out[r, t].double(), want, atol=tol, rtol=tol)
