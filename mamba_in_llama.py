@@ -1085,7 +1085,7 @@ AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 def rotation(cos, sin):
     """RoPE is linear: the identity, rotated once a call, rotates the heads of all layers, each by
-    one product instead of seven operations: SmolLM2's 30 layers take 1 ms less (2 cores).
+    one product instead of seven operations: SmolLM2's 30 layers take 0.3 ms less (2 cores).
 
     cos, sin (b,T,d) -> twice (b,T,d,d)
     """
@@ -1103,7 +1103,7 @@ def fused_rms_norm(norm, x):
     """What transformers' RMSNorm classes compute: one kernel on CUDA instead of six. x (...,D)"""
     if x.is_cuda or x.dtype != torch.float32:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    if x.numel() == x.shape[-1]:                   # one token: its scale is a Python number
+    if x.numel() == x.shape[-1]:                   # one token, one Python number: 0.5 ms a token
         row = x.view(-1)
         return x * norm.weight * (row.dot(row).item() / len(row) + norm.variance_epsilon) ** -0.5
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)       # a CPU runs F.rms_norm as eight
@@ -1399,7 +1399,7 @@ class Mixer(nn.Module):
 
 def single_step(x, delta, A, B, C, state):
     """`recurrence` for one token, in place, in few operations: each costs 4 us once the weights of
-    a layer have swept the caches. With the window in order of time: 3 of 34 ms of SmolLM2's hybrid.
+    a layer have swept the caches. With the window in order of time: 2 of 34 ms of SmolLM2's hybrid.
 
     Shapes: `recurrence`, with l = 1
     """
