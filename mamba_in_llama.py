@@ -141,12 +141,12 @@ def recurrence(x, delta, A, B, C, state=None):
     """
     b, l, H, P = x.shape
     h = x.new_zeros(b, H, P, B.shape[-1]) if state is None else state
-    ys, unread = [], l - C.shape[1]
-    for t, (x_t, d_t, B_t) in enumerate(zip(*(v.unbind(1) for v in (x, delta, B)))):
+    ys, reads = [], [None] * (l - C.shape[1]) + [*C.unbind(1)]
+    for x_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, delta, B)), reads):
         decay = torch.exp(d_t[..., None] * A)                           # (b,H,p',n')
         h = decay * h + (d_t * x_t)[..., None] * B_t[..., None, :]      # (b,H,P,N)
-        if t >= unread:
-            ys.append((h @ C[:, t - unread, :, :, None])[..., 0])       # (b,H,P)
+        if C_t is not None:
+            ys.append((h * C_t[..., None, :]).sum(-1))                  # (b,H,P)
     return torch.stack(ys, 1), h
 
 
