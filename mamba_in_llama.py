@@ -14,12 +14,21 @@ stages of distillation repair what the replacement broke.
 
 Glossary, with the paper's letters:
     b, l, T      batch, length, tokens of one decoding call
-    D            model width (and, in a mixer, the skip weight)
-    H, G         query heads, key/value heads (G divides H)
+    D, V         model width (inside a mixer D is the skip weight), vocabulary
+    x, B, C      what is written, where it is written, where it is read: attention's V, K, Q
+    dt, Delta    the step before and after softplus(dt + dt_bias);  z the gate;  u = Delta x
+    H, G         heads of a mixer; groups of heads that share B (Gx: that share x)
     N, P         state size per head; value channels per head (both head_dim unless said otherwise)
     p', n'       1, 1 for "mamba2" (one Delta, one A per head); P, N for "mamba" (per channel)
+    W, c         taps and channels of the convolution
     h, state     the recurrent state (b,H,P,N)
     S, T         student, teacher;  p, q target, draft (spec_decode.py)
+    checkpoint   when decoding: a state that lags behind; the rings hold the inputs since then
+    commit       settle how many of the tokens decoded last are kept; the others are not counted
+    flush, fold  committed inputs enter the checkpoint, so that the rings have room again
+
+First reading: sections 2, 5, 6, 7, 9. Sections 3 and 4, kernels and cache, serve decoding; read
+them with spec_decode.py.
 
 Contents:  1 configuration   2 the scan   3 multi-step decoding   4 the cache   5 the mixer
            6 the hybrid model, Algorithm 1   7 losses (Eq. 2, Eq. 4)   8 evaluation   9 training
@@ -79,9 +88,9 @@ RECIPES = {                            # what differs from the defaults of Hybri
     "near_linear": {},
     # the authors' start: Mamba's own defaults for everything that attention does not have
     "paper": dict(rope=False, scale_c=False, conv="default", gate="default", norm=True, skip=1.0),
-    # Table 8's control: near_linear without the attention weights
+    # the control of the paper's Table 8: near_linear without the attention weights
     "random": dict(attn_init=False),
-    # exactly linearized attention: Delta = 1, decay 1, nothing else; for the bridge test
+    # exactly linearized attention: Delta = 1, decay 1, nothing else; a test compares them
     "linear_attention": dict(conv="none", gate="none", skip=None, decay="none"),
 }
 
@@ -262,9 +271,9 @@ class MambaScan(torch.autograd.Function):
             for t in range(len(u) - 1, 0, -1):
                 dh[t - 1].addcmul_(decay[t], dh[t])
             du, dB, dC = dh @ B[..., None], u[..., None, :] @ dh, dy[..., None, :] @ h[1:]
-            dlog = dh.mul_(decay)                       # now of decay_t h_{t-1}
+            dlog = dh.mul_(decay)           # gradient of h_{t-1} through token t ...
             g = dlog[0].clone()
-            dlog.mul_(h[:-1])                           # now of Delta_t A, the log decay
+            dlog.mul_(h[:-1])               # ... times h_{t-1}: gradient of the exponent Delta_t A
             ddelta = torch.mul(dlog, A, out=decay).sum(-1)              # (t,b,H,P)
             dA += dlog.mul_(delta[..., None]).sum((0, 1))
             grads.append((du[..., 0], ddelta, dB[..., 0, :], dC[..., 0, :]))
@@ -283,6 +292,9 @@ def mamba_scan(x, delta, A, B, C, state, chunk):
 
 # ---------------------------------------------------------------------------------------------
 # 3. Multi-step decoding: replay what was accepted, go on for T tokens, touch the state once.
+#
+# A rejected token must not have changed the state, and states are too big to keep one per token. So
+# the state stays behind: an old one, with a ring of the inputs since. To roll back, count fewer.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -298,7 +310,11 @@ def use_triton(impl, state):
 
 
 def to_heads(v, H, runs):
-    """Each head its group's slice, v (b,l,G,n) -> (b,l,H,n); head h reads group(h, H, G, runs)."""
+    """Give each head its group's slice: v (b,l,G,n) -> (b,l,H,n).
+
+    runs = 1: heads 0..H/G-1 read group 0, and so on, as in attention. runs = r: blocks of r groups
+    are repeated whole, for attention heads that were cut into r mixer heads.
+    """
     b, l, G, n = v.shape
     if G == H:
         return v
@@ -452,7 +468,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
 
     Token s since the checkpoint is row s of a tile of BR >= ring rows, first those of the ring,
     then the new ones; output t belongs to row n_old + t. Rows too many repeat the last one, with
-    Delta = 0, so that no load needs a mask. Everything is requested before anything is used.
+    Delta = 0, so that no load needs a mask. All loads are issued before the first use, to overlap.
     Products have the BP channels as rows, so a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -639,8 +655,9 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
-    32 x 128 x 128, 5 tokens at batch 64: 76 us with 64 x 64 tiles of two warps, 84 with 32 x 32; 64
-    rows want 1024 heads in flight. Four warps would take Hopper's WGMMA: not tried.
+    5 tokens at batch 64 of 32 heads of 128 x 128 take 76 us with 64 x 64 tiles and two warps, 84 us
+    with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. Four warps would take
+    Hopper's WGMMA: not tried.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
@@ -757,7 +774,7 @@ class MixerState(NamedTuple):
 class AttentionState(NamedTuple):
     """Keys and values by absolute position; rows rewind by their count, nothing is erased."""
 
-    k: torch.Tensor                    # (b,G,width,head_dim), slot max_length is a bin
+    k: torch.Tensor                    # (b,G,width,head_dim), slot max_length: thrown away
     v: torch.Tensor                    # (b,G,width,head_dim)
 
 
@@ -771,7 +788,7 @@ class MixerCache:
 
     counts (3,b) int32 on the device: tokens folded into the checkpoint states, tokens committed,
     tokens pending since the last commit. All layers share them; `decode` makes tokens pending,
-    `commit` decides how many of them stand. Rolling back is not counting them.
+    `commit` decides how many of them are kept. To roll back, commit fewer than are pending.
     """
 
     is_compileable = False             # transformers: do not compile generate() around this,
@@ -920,7 +937,7 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
         require(bool((mask[:, 1:] >= mask[:, :-1]).all() & (mask[:, -1] == 1).all()),
                 "prefill takes padding on the left only, and no empty rows")
     positions = mask.long().cumsum(-1) - 1
-    cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: to the bin
+    cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: away
     cache.n_valid = mask.sum(-1, dtype=torch.int32)
     hidden = hidden_states(model, tokens, attention_mask, **{CACHE: cache})
     cache.counts[:2] = cache.n_valid
@@ -945,7 +962,7 @@ def decode(model, tokens, cache, n_valid=None):
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
     cache.n_valid = None if n_valid is None else n_valid.to(torch.int32)
     cache.positions = positions.clamp(max=cache.max_length)
-    if n_valid is not None:                                     # the rest goes to the bin
+    if n_valid is not None:                                     # the rest is thrown away
         cache.positions.masked_fill_(steps >= n_valid[:, None], cache.max_length)
     if cache.has_attention and not tokens.is_cuda:                             # a free host read
         longest = int((length + pending + (T if n_valid is None else n_valid)).max())
@@ -1069,7 +1086,12 @@ def largest_divisor(n, most):
 
 @contextmanager
 def few_tokens(model, tokens):
-    """Within: transformers' classes compute the same with fewer kernels, or faster ones."""
+    """Within: decoding by faster forms of some of transformers' functions, undone at the end.
+
+    A call of one to five tokens is bound by the number of operations, not by arithmetic. The
+    functions are swapped for the whole process, so no other thread may use these classes
+    meanwhile. RoPE is swapped only where the model's function is Llama's, bytecode for bytecode.
+    """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
     module = sys.modules[type(model.model).__module__]
@@ -1128,7 +1150,8 @@ class Mixer(nn.Module):
         D, Q = config.hidden_size, config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or D // Q
         self.N = config.d_state or self.head_dim
-        cut = self.head_dim // self.N                       # mixer heads per attention head
+        # a state smaller than a head (Mamba's 16) cuts each attention head into `cut` mixer heads
+        cut = self.head_dim // self.N
         kv_heads = getattr(config, "num_key_value_heads", None) or Q
         self.H, self.G = Q * cut, kv_heads * cut
         self.runs = 1 if config.group_by_state else cut
@@ -1158,7 +1181,10 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self):
-        """Everything attention does not have, by the recipe's fields; projections: see Linear."""
+        """Start all that attention does not have, by the recipe's fields.
+
+        Projections keep nn.Linear's random start until `copy_attention` overwrites their rows.
+        """
         config, n_delta = self.config, self.dt_bias.shape[0]
         self.in_proj.bias.zero_()
         self.out_proj.bias.zero_()
@@ -1177,11 +1203,11 @@ class Mixer(nn.Module):
         if config.decay == "none":                  # Delta = 1, A = 0: linear attention
             delta = torch.ones(n_delta, dtype=torch.float64)
             self.A_log.fill_(-math.inf)
-        elif config.decay == "slow":                # averages over 1 to 1000 tokens, by head
+        elif config.decay == "slow":                # heads forget over 3 to 1000 tokens
             spread = torch.linspace(math.log(0.3), math.log(0.001), self.H).exp()
             delta = spread.repeat_interleave(n_delta // self.H)
             self.A_log.zero_()
-        else:                                       # Mamba's defaults (section 2 of the paper)
+        else:                                       # the defaults of the Mamba and Mamba2 code
             delta = torch.empty(n_delta).uniform_(math.log(0.001), math.log(0.1)).exp()
             self.A_log.copy_(torch.arange(1, self.N + 1.0).log() if self.per_channel
                              else torch.empty(self.H).uniform_(1, 16).log())
