@@ -800,9 +800,9 @@ class MixerCache:
         self.fold_at = min(ring, MAMBA_FOLD_AT) if mamba else ring      # `ring` of multi_step
         self.weights = {}              # A, dt_bias, D by mixer layer
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
-        self.columns = 0               # columns of input_ids taken in, padding included
-        self.open = 0                  # tokens decoded since the last commit, at most `ring`
-        self.visible = in_eights(max_length + 1)    # columns that attention reads
+        self.columns = 0               # columns of input_ids read, padding included; 0: empty
+        self.open = 0                  # the host's copy of the largest pending count
+        self.visible = in_eights(max_length + 1)    # columns of K, V that a call's attention reads
         self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
@@ -854,7 +854,7 @@ class MixerCache:
         self.columns = self.open = 0
 
     def commit(self, n_accepted):
-        """Let the first n_accepted (b,) tokens decoded since the last commit stand, drop the rest.
+        """Keep the first n_accepted (b,) tokens decoded since the last commit, drop the rest.
 
         A wrong count raises ValueError on the CPU; on CUDA it is clamped, since looking would
         cost a synchronisation.
