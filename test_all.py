@@ -637,7 +637,8 @@ def test_decoding_swaps_compute_the_same_and_are_undone(kind):
     student, tokens = make_student([1], kind=kind, layers=2, dtype=torch.float32), draw(1, 12)
     attention = sys.modules[type(student.model).__module__]
     owners = [(student.model.config, "_attn_implementation"), (attention, "apply_rotary_pos_emb"),
-              (type(student.model.norm), "forward"), (torch.nn.Linear, "forward")]
+              (type(student.model.norm), "forward"), (torch.nn.Linear, "forward"),
+              (type(student.model.rotary_emb), "forward")]
     before = [getattr(*owner) for owner in owners]
     with M.few_tokens(student, tokens):
         assert all(getattr(*owner) != old for owner, old in zip(owners, before))
@@ -647,6 +648,25 @@ def test_decoding_swaps_compute_the_same_and_are_undone(kind):
     with pytest.raises(ValueError, match="outside the vocabulary"):
         student.decode(tokens + V, M.MixerCache.allocate(student, 1, 64))
     assert [getattr(*owner) for owner in owners] == before
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_single_step_is_the_recurrence(mixer):
+    """One token, in place, for two rows: outputs and the state that it moves."""
+    x, delta, A, B, C, state = scan_inputs(mixer, l=1)
+    want, after = M.recurrence(x, delta, A, B, C, state)
+    close(M.single_step(x, delta, A, B, C, state), want)
+    close(state, after)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_forms_for_one_token_compute_the_same(biased):
+    """A matrix times a vector is the linear layer; a product by a matrix is RoPE."""
+    linear, x = torch.nn.Linear(6, 4, bias=biased).double(), torch.randn(1, 1, 6).double()
+    close(M.linear_of_one(linear, x), linear(x))
+    v, angle = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 3, 4).double().repeat(1, 1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    close(M.apply_rope(v, *M.rotation(cos, sin)), M.apply_rope(v, cos, sin))
 
 
 @torch.no_grad()
