@@ -50,7 +50,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, chain, takewhile
@@ -1568,10 +1568,74 @@ def send(tensor, device):
     return tensor.to(device)
 
 
-@lru_cache
-def fused(function):
-    """Compiled when first used; passes over (chunk,V) fp32 values were half of a step on a GPU."""
-    return torch.compile(function, dynamic=True)
+class TokenLosses(torch.autograd.Function):
+    """`token_losses` by Triton: one pass over the logits, one for their gradient.
+
+    As torch.compile had it, these passes took 43 ms of a step of 208 (SmolLM2, 64 x 512, H100).
+    """
+
+    @staticmethod
+    def forward(ctx, s, t, y):
+        """s, t (n,V) or None, y (n,) -> ce, kl (n,)"""
+        s, t = s.contiguous(), None if t is None else t.contiguous()
+        sums = torch.zeros(4, len(s), device=s.device)      # ce, kl, logsumexp of s and of t
+        losses_kernel[(len(s),)](s, t, y, sums, s.shape[1], BV=4096, num_warps=8)
+        ctx.save_for_backward(s, t, y, sums)
+        return sums[0], sums[1]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """gradients of ce and of kl (n,) -> of s (n,V)"""
+        s, t, y, sums = ctx.saved_tensors
+        (n, V), ds, g = s.shape, torch.empty_like(s), torch.stack(gradients)            # (2,n)
+        losses_gradient_kernel[n, triton.cdiv(V, 4096)](s, t, y, sums, g, ds, V, BV=4096)
+        return ds, None, None
+
+
+@triton.jit
+def losses_kernel(s, t, y, sums, V: tl.constexpr, BV: tl.constexpr):
+    """Cross-entropy and KL of one token. A lane keeps its own maximum, and sums relative to it."""
+    row, n, v = tl.program_id(0), tl.num_programs(0), tl.arange(0, BV)
+    low: tl.constexpr = -1e30
+    s += row.to(tl.int64) * V
+    max_s, max_t = tl.full((BV,), low, tl.float32), tl.full((BV,), low, tl.float32)
+    sum_s, sum_t, cross = tl.zeros_like(max_s), tl.zeros_like(max_s), tl.zeros_like(max_s)
+    if t is not None:
+        t += row.to(tl.int64) * V
+    for i in range(0, V, BV):
+        s_v = tl.load(s + i + v, mask=v < V - i, other=low).to(tl.float32)
+        top = tl.maximum(max_s, s_v)
+        sum_s, max_s = sum_s * tl.exp(max_s - top) + tl.exp(s_v - top), top
+        if t is not None:
+            t_v = tl.load(t + i + v, mask=v < V - i, other=low).to(tl.float32)
+            top = tl.maximum(max_t, t_v)
+            shrink, p = tl.exp(max_t - top), tl.exp(t_v - top)
+            sum_t, cross, max_t = sum_t * shrink + p, cross * shrink + p * (t_v - s_v), top
+    top = tl.max(max_s)
+    lse_s = top + tl.log(tl.sum(sum_s * tl.exp(max_s - top)))
+    tl.store(sums + row, lse_s - tl.load(s + tl.load(y + row)).to(tl.float32))
+    tl.store(sums + 2 * n + row, lse_s)
+    if t is not None:                       # KL = sum_v p_t (t - s) - lse_t + lse_s
+        top = tl.max(max_t)
+        weight = tl.exp(max_t - top)
+        Z = tl.sum(sum_t * weight)
+        lse_t = top + tl.log(Z)
+        tl.store(sums + n + row, tl.sum(cross * weight) / Z - lse_t + lse_s)
+        tl.store(sums + 3 * n + row, lse_t)
+
+
+@triton.jit
+def losses_gradient_kernel(s, t, y, sums, g, ds, V: tl.constexpr, BV: tl.constexpr):
+    """BV words of one token: d ce / d s = p_s - onehot(y), d kl / d s = p_s - p_t."""
+    row, n = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    s_v, g_ce = tl.load(s + row * V + v, mask=v < V).to(tl.float32), tl.load(g + row)
+    p = tl.exp(s_v - tl.load(sums + 2 * n + row))
+    d = g_ce * (p - tl.where(v == tl.load(y + row), 1, 0))
+    if t is not None:
+        t_v = tl.load(t + row * V + v, mask=v < V).to(tl.float32)
+        d += tl.load(g + n + row) * (p - tl.exp(t_v - tl.load(sums + 3 * n + row)))
+    tl.store(ds + row * V + v, d, mask=v < V)
 
 
 def before_logits(model, tokens):
@@ -1590,9 +1654,8 @@ def chunked_token_losses(labels, student, teacher=None, per_token=None, chunk=No
     labels (b,l)  hidden (b,l,D)  head (V,D) -> ce, kl: (b,l), 0 at what predicts no label
     """
     hidden = [side[0] for side in (student, teacher) if side]
-    cuda = hidden[0].is_cuda
-    chunk = chunk or (4096 if cuda else 1024)
-    per_token = per_token or (fused(token_losses) if cuda else token_losses)
+    chunk = chunk or (4096 if hidden[0].is_cuda else 1024)
+    per_token = per_token or (TokenLosses.apply if use_triton(None, hidden[0]) else token_losses)
     following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()      # (b*l,) what t predicts
     where = (following != -100).nonzero()[:, 0]                         # (n,) those that count
     where, y = (send(v, hidden[0].device) for v in (where, following[where]))
@@ -1987,6 +2050,26 @@ def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
     return history
 
 
+class Beside(nn.Module):
+    """An attention layer, and beside it the mixer that learns to say what it says.
+
+    The teacher goes on with the attention's output, so that no layer sees another's errors.
+    """
+
+    def __init__(self, attention, mixer):
+        super().__init__()
+        self.attention, self.mixer = attention, mixer
+        self.error = self.power = None              # () sums of squares of the call in progress
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        """u (b,l,D) -> attention's (b,l,D), None"""
+        wanted = self.attention(hidden_states, position_embeddings=position_embeddings, **kwargs)[0]
+        y = self.mixer(hidden_states, position_embeddings=position_embeddings)[0]
+        self.error = (y.float() - wanted.float()).pow(2).sum()
+        self.power = wanted.float().pow(2).sum()
+        return wanted, None
+
+
 def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **options):
     """Stage 0: every mixer learns the teacher's attention output from the teacher's input.
 
@@ -1997,35 +2080,30 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
 
     tokens (n,l) -> list of (step, loss)
     """
-    mixers, seen = student.mixers(), {}
-
-    def keep(attention, _, inputs, outputs):
-        """What this layer's attention saw (u (b,l,D), RoPE's cos and sin) and said (b,l,D)."""
-        seen[attention.layer_idx] = inputs, outputs[0]
+    pairs = [(teacher.model.layers[i], mixer) for i, mixer in student.mixers().items()]
 
     def loss_of_rows(mine, _):
         """Mean over the layers of my rows' squared error over the power of all rows."""
-        error, power = [], []
-        with torch.no_grad():
-            hidden_states(teacher, send(tokens[mine], student.device))
-        for i, mixer in mixers.items():
-            inputs, wanted = seen[i]
-            u, rope = inputs["hidden_states"], inputs["position_embeddings"]
-            y = mixer(u, position_embeddings=rope)[0].float()                           # (b,l,D)
-            error.append((y - wanted).pow(2).sum())
-            power.append(wanted.float().pow(2).sum())
+        hidden_states(teacher, send(tokens[mine], student.device))
+        error, power = (torch.stack([getattr(layer.self_attn, name) for layer, _ in pairs])
+                        for name in ("error", "power"))                                 # (layers,)
         # times N: FSDP averages gradients over the processes, and this is my share of a sum
-        return (torch.stack(error) / over_processes(torch.stack(power))).mean() * world()[1]
+        return (error / over_processes(power)).mean() * world()[1]
 
-    if not mixers or steps == 0:
+    if not pairs or steps == 0:
         return []
-    modules = chain(mixers.values(), (layer.mlp for layer in teacher.model.layers))
-    with ExitStack() as hooks:                      # taken off again at the end
-        for i in mixers:
-            hooks.enter_context(teacher.model.layers[i].self_attn.register_forward_hook(
-                keep, with_kwargs=True))
+    trained = [p for p in teacher.parameters() if p.requires_grad]
+    try:                                            # undone at the end
+        teacher.requires_grad_(False)
+        for layer, mixer in pairs:
+            layer.self_attn = Beside(layer.self_attn, mixer)
         return train("alignment", student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
-                     only_mixers=True, modules=modules, **options)
+                     only_mixers=True, modules=teacher.model.layers, **options)
+    finally:
+        for layer, _ in pairs:
+            layer.self_attn = layer.self_attn.attention
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def distil(name, student, teacher, tokens, labels, steps, batch_size=8, lr=1e-3, alpha=1.0,

@@ -872,6 +872,26 @@ def test_token_losses_against_torch():
     assert M.token_losses(s.bfloat16(), t.bfloat16(), y)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("words", [37, 5000])
+def test_token_losses_kernel(words, with_teacher, dtype):
+    """One token to several blocks of words, both losses, and the gradient of a weighted sum."""
+    with kernels():
+        torch.manual_seed(0)
+        s, t = (10 * torch.randn(2, 7, words)).to(dtype)
+        y, g = torch.arange(7) * 5, torch.randn(2, 7)
+        s[2, 3], t[3, 4] = 60, 90                   # near-certain words: no overflow
+        t, results = t if with_teacher else None, []
+        for losses, wide in (M.token_losses, torch.float64), (M.TokenLosses.apply, dtype):
+            x = s.to(wide).requires_grad_()
+            ce, kl = losses(x, t if t is None else t.to(wide), y)
+            (g[0] * ce + g[1] * kl).sum().backward()
+            results.append([v.detach().double() for v in (ce, kl, x.grad)])
+    for want, got, tolerance in zip(*results, (1e-4, 1e-4, 1e-5 if dtype == torch.float32 else 5e-3)):
+        assert (want - got).abs().max() <= tolerance * (1 + want.abs().max())
+
+
 def test_sequence_logps_sums_labelled_tokens():
     logits, labels = logits64(2, 5, V), draw(2, 5)
     labels[0, 3:] = -100
