@@ -782,11 +782,6 @@ class AttentionState(NamedTuple):
 KERNEL_SERVES = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 
-def in_eights(n):
-    """The next multiple of 8. Products over other widths take GPU kernels of half the speed."""
-    return -(-n // 8) * 8
-
-
 class MixerCache:
     """All a decoder remembers, for `generate()` and for Algorithm 2 alike.
 
@@ -806,7 +801,7 @@ class MixerCache:
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids read, padding included; 0: empty
         self.open = 0                  # the host's copy of the largest pending count
-        self.visible = in_eights(max_length + 1)    # columns of K, V that a call's attention reads
+        self.visible = max_length      # columns of K, V that a call's attention reads
         self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
@@ -832,7 +827,8 @@ class MixerCache:
                 layers.append(mixer.allocate(batch_size, slots, like))
             else:
                 heads = mixer.k_proj.out_features // mixer.head_dim
-                shape = (batch_size, heads, in_eights(max_length + 1), mixer.head_dim)
+                # GPU products over a width that is no multiple of 8 take twice the time
+                shape = (batch_size, heads, max_length // 8 * 8 + 8, mixer.head_dim)
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         cache = cls(layers, counts, ring, max_length)
@@ -1017,8 +1013,7 @@ def decode_masks(model, positions, cache):
 def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
     """A few queries on a long cache: the queries of a group are rows of one product.
 
-    transformers would repeat K and V for every query head: sampling at batch 2048 took 41 ms a
-    step with that, 19 with SDPA's kernels on groups (they copy K and V), see `sample` for ours.
+    transformers would repeat K and V for every query head.
 
     q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) added -> (b,T,H,d), None
     """
@@ -1076,17 +1071,11 @@ def linear_in_blocks(linear, x):
     SmolLM2 took 57 ms, 47 this way (one token: 37; 2 cores). x (...,k) -> (...,n)
     """
     n, k = linear.weight.shape
-    block = largest_divisor(n, 32)
+    block = math.gcd(n, 32)
     rows = x.reshape(-1, k)
     blocks = rows.expand(n // block, -1, -1) @ linear.weight.view(-1, block, k).mT     # (.,M,block)
     y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
     return y if linear.bias is None else y + linear.bias
-
-
-@lru_cache
-def largest_divisor(n, most):
-    """The largest divisor of n that is at most `most`."""
-    return max(d for d in range(1, most + 1) if n % d == 0)
 
 
 @triton.jit
@@ -1241,25 +1230,23 @@ def few_tokens(model, tokens):
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. RoPE is swapped only where the model's function is Llama's, bytecode for bytecode,
-    whole attention layers only where Triton runs. Yields: is the latter so?
+    meanwhile. Where Triton runs, whole attention layers are swapped; yields whether that is so.
+    On a CPU RoPE is, where the model's function is Llama's, bytecode for bytecode.
     """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
+    attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
+    by_kernel = (use_triton(None, model.get_input_embeddings().weight)
+                 and {kind.__name__ for kind in attention} <= KERNEL_SERVES)
     module = sys.modules[type(model.model).__module__]
     code = getattr(getattr(module, "apply_rotary_pos_emb", None), "__code__", None)
-    attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
-    llama_like = code and code.co_code == llama_rope.__code__.co_code
-    by_kernel = (llama_like and use_triton(None, model.get_input_embeddings().weight)
-                 and {kind.__name__ for kind in attention} <= KERNEL_SERVES)
     if by_kernel:
         swaps += [(kind, "forward", attend_by_kernel) for kind in attention]
-    elif llama_like:
-        swaps.append((module, "apply_rotary_pos_emb", rotate_together))
-        if not tokens.is_cuda:
-            rotary = type(model.model.rotary_emb)
-            swaps.append((rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
-                          rotation(*forward(*args, **kwargs))))
+    elif code and code.co_code == llama_rope.__code__.co_code and not tokens.is_cuda:
+        rotary = type(model.model.rotary_emb)
+        swaps += [(module, "apply_rotary_pos_emb", rotate_together),
+                  (rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
+                   rotation(*forward(*args, **kwargs)))]
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
         swaps.append((type(norm), "forward", fused_rms_norm))
     if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
