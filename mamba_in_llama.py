@@ -778,9 +778,8 @@ class AttentionState(NamedTuple):
     v: torch.Tensor                    # (b,G,width,head_dim)
 
 
-def in_eights(n):
-    """The next multiple of 8. Products over other widths take GPU kernels of half the speed."""
-    return -(-n // 8) * 8
+# attention layers that are nothing but four projections, RoPE and softmax, perhaps in a window
+KERNEL_SERVES = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 
 class MixerCache:
@@ -802,7 +801,7 @@ class MixerCache:
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids read, padding included; 0: empty
         self.open = 0                  # the host's copy of the largest pending count
-        self.visible = in_eights(max_length + 1)    # columns of K, V that a call's attention reads
+        self.visible = max_length      # columns of K, V that a call's attention reads
         self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
         self.positions = None          # (b,T) where attention writes in the call in progress
@@ -828,7 +827,8 @@ class MixerCache:
                 layers.append(mixer.allocate(batch_size, slots, like))
             else:
                 heads = mixer.k_proj.out_features // mixer.head_dim
-                shape = (batch_size, heads, in_eights(max_length + 1), mixer.head_dim)
+                # GPU products over a width that is no multiple of 8 take twice the time
+                shape = (batch_size, heads, max_length // 8 * 8 + 8, mixer.head_dim)
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         cache = cls(layers, counts, ring, max_length)
@@ -974,10 +974,11 @@ def decode(model, tokens, cache, n_valid=None):
         cache.plan = replay_plan(cache.counts, T, cache.fold_at,
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
-    with few_tokens(model, tokens):
+    with few_tokens(model, tokens) as by_kernel:
+        mask = None if by_kernel else decode_masks(model, positions, cache)
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
-            hidden = model.model(input_ids=tokens, position_ids=positions, **{CACHE: cache},
-                                 attention_mask=decode_masks(model, positions, cache))
+            hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
+                                 **{CACHE: cache})
         logits = model.get_output_embeddings()(hidden.last_hidden_state)       # ordinary tensors
     if cache.ring == 0:
         cache.counts[:2] += 1
@@ -998,22 +999,21 @@ def decode_masks(model, positions, cache):
     if not cache.has_attention:
         return None
     config, t = model.model.config, positions[:, None, :, None]
-    keys = torch.arange(cache.visible, device=positions.device)
+    keys = torch.arange(cache.visible, device=t.device)
     window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)     # None: all layers slide if there is a window
     masks = {"full_attention": keys <= t}
-    if window is not None:
+    if window and "sliding_attention" in (kinds or ["sliding_attention"]):
         masks["sliding_attention"] = (keys <= t) & (keys > t - window)
     zero = torch.zeros((), device=keys.device, dtype=model.get_input_embeddings().weight.dtype)
     masks = {name: torch.where(mask, zero, -math.inf) for name, mask in masks.items()}
-    mixed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return masks if mixed else [*masks.values()][-1]
+    return masks if kinds and len(masks) > 1 else [*masks.values()][-1]
 
 
 def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
     """A few queries on a long cache: the queries of a group are rows of one product.
 
-    transformers would repeat K and V for every query head: sampling at batch 2048 took 41 ms a
-    step with that, 19 with SDPA's kernels on groups (they copy K and V), see `sample` for ours.
+    transformers would repeat K and V for every query head.
 
     q (b,H,T,d)  k, v (b,G,L,d)  mask (b,1,T,L) added -> (b,T,H,d), None
     """
@@ -1071,17 +1071,157 @@ def linear_in_blocks(linear, x):
     SmolLM2 took 57 ms, 47 this way (one token: 37; 2 cores). x (...,k) -> (...,n)
     """
     n, k = linear.weight.shape
-    block = largest_divisor(n, 32)
+    block = math.gcd(n, 32)
     rows = x.reshape(-1, k)
     blocks = rows.expand(n // block, -1, -1) @ linear.weight.view(-1, block, k).mT     # (.,M,block)
     y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
     return y if linear.bias is None else y + linear.bias
 
 
-@lru_cache
-def largest_divisor(n, most):
-    """The largest divisor of n that is at most `most`."""
-    return max(d for d in range(1, most + 1) if n % d == 0)
+@triton.jit
+def rotated(x, cos, sin, j, mask, d: tl.constexpr):
+    """`apply_rope` while loading. Pointers x, cos, sin (n,1) of rows, j (1,D) -> fp32 (n,D)"""
+    own = tl.load(x + j, mask=mask, other=0).to(tl.float32)
+    other = tl.load(x + (j + d // 2) % d, mask=mask, other=0).to(tl.float32)
+    other = tl.where(j < d // 2, -other, other)
+    return (own * tl.load(cos + j, mask=mask, other=0).to(tl.float32)
+            + other * tl.load(sin + j, mask=mask, other=0).to(tl.float32))
+
+
+@triton.jit
+def absorb(q, k, v, seen, scale, high, total, acc):
+    """The softmax goes on over n more keys: high, total (BM,) are the largest score so far (in
+    log2) and the sum of exp2(score - high), acc (BM,D) that of values with these weights.
+
+    q (BM,D)  k, v (n,D)  seen (BM,n); hidden scores are finite, so that no difference is NaN
+    """
+    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32)) * scale
+    scores = tl.where(seen, scores, -1e30)
+    higher = tl.maximum(high, tl.max(scores, 1))
+    keep, p = tl.exp2(high - higher), tl.exp2(scores - higher[:, None])
+    acc = dot(p.to(v.dtype), v, acc * keep[:, None])
+    return higher, total * keep + tl.sum(p, 1), acc
+
+
+@triton.jit
+def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, weight, width,
+                     longest, scale, WINDOW: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
+                     G: tl.constexpr, d: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr, BT: tl.constexpr, D: tl.constexpr):
+    """BM of the T H / G queries of a row and group, over one of SPLITS runs of the kept columns.
+
+    What a row has kept is read once and no further than written. The last split sees the new
+    tokens too, from the inputs, and stores them; no program of the launch reads those columns.
+    """
+    split, g, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    tile, split = split // SPLITS, split % SPLITS
+    first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
+    first = tl.minimum(first, longest)
+    DT: tl.constexpr = kept_k.dtype.element_ty
+    m, n = tile * BM + tl.arange(0, BM), tl.arange(0, BN)               # (BM,)  (BN,)
+    new, j = tl.arange(0, BT), tl.arange(0, D)[None, :]                 # (BT,)  (1,D)
+    t, h, in_d = m // (H // G), g * (H // G) + m % (H // G), j < d      # (BM,)  (BM,)  (1,D)
+    row = row.to(tl.int64)                                              # offsets pass 2^31
+    kept_k, kept_v = kept_k + (row * G + g) * width * d + j, kept_v + (row * G + g) * width * d + j
+    q, of_t = q + ((row * T + t) * H + h)[:, None] * d, (row * T + t)[:, None] * d
+    q = rotated(q, cos + of_t, sin + of_t, j, (t < T)[:, None] & in_d, d).to(DT)    # (BM,D)
+    high, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, D), tl.float32)
+
+    # 1. this split's share of the columns: whole tiles, so that few columns take few splits
+    start = 0 if WINDOW is None else tl.maximum(first + 1 - WINDOW, 0)
+    share = tl.cdiv(first - start, BN * SPLITS) * BN
+    start += split * share
+    end = tl.minimum(start + share, first)
+    for i in range(start, end, BN):
+        s = i + n                                                       # (BN,)
+        mask = (s < end)[:, None] & in_d
+        k_i = tl.load(kept_k + s[:, None] * d, mask=mask, other=0)      # (BN,D)
+        v_i = tl.load(kept_v + s[:, None] * d, mask=mask, other=0)
+        seen = (s < end)[None, :]
+        if WINDOW is not None:
+            seen = seen & (s[None, :] > first + t[:, None] - WINDOW)
+        high, total, acc = absorb(q, k_i, v_i, seen, scale, high, total, acc)
+
+    # 2. the new tokens among themselves
+    if split == SPLITS - 1:
+        angle, real = (row * T + new)[:, None] * d, (new < T)[:, None] & in_d
+        token = angle * G + g * d
+        k_new = rotated(k + token, cos + angle, sin + angle, j, real, d).to(DT)    # (BT,D)
+        v_new = tl.load(v + token + j, mask=real, other=0)
+        if tile == 0:
+            slot = tl.load(positions + row * T + new, mask=new < T, other=0)[:, None]
+            tl.store(kept_k + slot * d, k_new, mask=real)
+            tl.store(kept_v + slot * d, v_new, mask=real)
+        causal = new[None, :] <= t[:, None]
+        if WINDOW is not None:
+            causal = causal & (new[None, :] > t[:, None] - WINDOW)
+        high, total, acc = absorb(q, k_new, v_new, causal, scale, high, total, acc)
+    total = tl.maximum(total, 1)                                        # an empty split has 0
+    at = ((split * b + row) * T + t) * H + h                            # (BM,)
+    tl.store(out + at[:, None] * d + j, acc / total[:, None], mask=(t < T)[:, None] & in_d)
+    if weight is not None:
+        tl.store(weight + at, high + tl.log2(total), mask=t < T)
+
+
+@triton.jit
+def merge_kernel(parts, weight, out, d: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr):
+    """The mean of a query's SPLITS partial outputs, weighted by 2^weight."""
+    query, n, j = tl.program_id(0), tl.num_programs(0), tl.arange(0, D)
+    at = tl.arange(0, SPLITS) * n + query                               # (SPLITS,)
+    w = tl.load(weight + at)
+    w = tl.exp2(w - tl.max(w, 0))
+    part = tl.load(parts + at[:, None] * d + j[None, :], mask=(j < d)[None, :], other=0)
+    tl.store(out + query * d + j, tl.sum(part * w[:, None], 0) / tl.sum(w, 0), mask=j < d)
+
+
+def attention_tiles(b, queries, G, d, max_length, dtype):
+    """BM, BN, warps, stages and SPLITS of a launch for that many queries per row and group.
+
+    Few rows are split, so that each of an H100's 132 SMs has two programs; every split has at
+    least 128 columns once the cache is full. fp32 products take three passes, and registers.
+    """
+    half = dtype.itemsize == 2
+    BM = min(max(16, triton.next_power_of_2(queries)), 64 if half else 16)
+    splits = max(1, min(264 // (b * G * triton.cdiv(queries, BM)), max_length // 128))
+    return BM, 64 if half else 32, 4, 3 if half else 2, 1 << splits.bit_length() - 1
+
+
+def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):
+    """RoPE, writing to the cache and attention of T new tokens per row, in one or two launches.
+
+    Its definition is `rotate_together`, `MixerCache.update` and `attend_in_groups`. Memory: each
+    row's kept columns once. q (b,T,H,d)  k, v (b,T,G,d)  cos, sin (b,T,d) -> (b,T,H,d)
+    """
+    (b, T, H, d), G = q.shape, k.shape[2]
+    queries = T * H // G                                                # of a row and group
+    assert cos.shape == sin.shape == (b, T, d), "RoPE by the row, over whole heads"
+    for tensor in (q, k, v, cos, sin, *kept, cache.positions, cache.counts):
+        assert tensor.is_contiguous()
+    BM, BN, warps, stages, splits = attention_tiles(b, queries, G, d, cache.max_length, q.dtype)
+    D, BT = (max(16, triton.next_power_of_2(n)) for n in (d, T))
+    out, parts, weight = torch.empty_like(q), None, None
+    if splits > 1:
+        weight = q.new_empty(splits, b, T, H, dtype=torch.float32)
+        parts = q.new_empty(splits, b, T, H, d, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        attention_kernel[splits * triton.cdiv(queries, BM), G, b](
+            q, k, v, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
+            weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
+            d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
+        if splits > 1:
+            merge_kernel[b * T * H,](parts, weight, out, d, splits, D, num_warps=1)
+    return out
+
+
+def attend_by_kernel(module, hidden_states, position_embeddings=None, **kwargs):
+    """Stands for the forward of an attention layer: between its projections, `attention_step`."""
+    q, k, v = (project(hidden_states).unflatten(-1, (-1, module.head_dim))
+               for project in (module.q_proj, module.k_proj, module.v_proj))
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    y = attention_step(q, k, v, *position_embeddings, kwargs[CACHE].layers[module.layer_idx],
+                       kwargs[CACHE], module.scaling, window)
+    return module.o_proj(y.flatten(-2)), None
 
 
 @contextmanager
@@ -1090,18 +1230,23 @@ def few_tokens(model, tokens):
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. RoPE is swapped only where the model's function is Llama's, bytecode for bytecode.
+    meanwhile. Where Triton runs, whole attention layers are swapped; yields whether that is so.
+    On a CPU RoPE is, where the model's function is Llama's, bytecode for bytecode.
     """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
+    attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
+    by_kernel = (use_triton(None, model.get_input_embeddings().weight)
+                 and {kind.__name__ for kind in attention} <= KERNEL_SERVES)
     module = sys.modules[type(model.model).__module__]
     code = getattr(getattr(module, "apply_rotary_pos_emb", None), "__code__", None)
-    if code and code.co_code == llama_rope.__code__.co_code:
-        swaps.append((module, "apply_rotary_pos_emb", rotate_together))
-        if not tokens.is_cuda:
-            rotary = type(model.model.rotary_emb)
-            swaps.append((rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
-                          rotation(*forward(*args, **kwargs))))
+    if by_kernel:
+        swaps += [(kind, "forward", attend_by_kernel) for kind in attention]
+    elif code and code.co_code == llama_rope.__code__.co_code and not tokens.is_cuda:
+        rotary = type(model.model.rotary_emb)
+        swaps += [(module, "apply_rotary_pos_emb", rotate_together),
+                  (rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
+                   rotation(*forward(*args, **kwargs)))]
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
         swaps.append((type(norm), "forward", fused_rms_norm))
     if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
@@ -1111,7 +1256,7 @@ def few_tokens(model, tokens):
     try:
         for owner, name, new in swaps:
             setattr(owner, name, new)
-        yield
+        yield by_kernel
     finally:
         for (owner, name, _), old in zip(swaps, before):
             setattr(owner, name, old)

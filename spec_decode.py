@@ -47,7 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import has_file
 
 import mamba_in_llama as M
-from mamba_in_llama import AttentionState, MixerCache, in_eights, require
+from mamba_in_llama import MixerCache, require
 
 # ---------------------------------------------------------------------------------------------
 # 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
@@ -252,35 +252,6 @@ def warm_up(function):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-CAPTURE_BYTES = 1.5e11               # read in the time of a capture (estimate: 60 ms, 2.5 TB/s)
-
-
-def replays(step, cache, columns, generator):
-    """`step` as a CUDA graph: every `next` is a step. The first warms up and captures it instead.
-
-    A graph reads `cache.visible` columns of every row, written or not; so a step is captured anew
-    every `block` columns. Cost per step, in bytes read: CAPTURE_BYTES / block for the captures and
-    block / 2 columns too many for attention. The sum is least at block = sqrt(2 CAPTURE_BYTES /
-    bytes per column): 80 for 2048 rows of SmolLM2; a single row needs one graph.
-    columns: of the longest prompt
-    """
-    attention = [v for layer in cache.layers if isinstance(layer, AttentionState) for v in layer]
-    per_column = sum(v[:, :, 0].numel() * v.element_size() for v in attention)
-    block = int((2 * CAPTURE_BYTES / max(per_column, 1)) ** 0.5)
-    width = cache.visible              # all columns
-    cache.visible = min(width, in_eights(columns + block))
-    warm_up(step)                      # no row is alive yet: captures leave the rows as they are
-    while True:
-        replay, _ = capture(step, generator)
-        for _ in range(block - 1):
-            yield
-            replay()
-        yield
-        columns += block
-        cache.visible = min(width, in_eights(columns + block))
-        step()                         # loads what kernels this length needs
-
-
 def drive(step, rows, first, on_step=None):
     """Emit `first` (b,), then call `step` until every row has ended. -> DecodeResult
 
@@ -336,9 +307,9 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
         rows.append(sampling.choose(logits)[:, None], one)
 
     run = step
-    if cuda:
-        run = partial(next, replays(step, decoder.cache, padded.shape[1], generator))
-        run()
+    if cuda:                           # one graph serves every length
+        warm_up(step)                  # no row is alive yet: captures leave `rows` as they are
+        run, _ = capture(step, generator)
     return drive(run, rows, sampling.choose(decoder.prefill(padded, mask)), on_step)
 
 

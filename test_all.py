@@ -650,6 +650,74 @@ def test_decoding_swaps_compute_the_same_and_are_undone(kind):
     assert [getattr(*owner) for owner in owners] == before
 
 
+def attention_definition(q, k, v, cos, sin, cache, window):
+    """What `attention_step` computes, by the functions that a CPU decodes with, in float64."""
+    q, k, v, cos, sin = (x.double() for x in (q, k, v, cos, sin))
+    cache.layers = [M.AttentionState(*(x.double() for x in cache.layers[0]))]
+    q, k = M.rotate_together(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    k, v = cache.update(k, v.transpose(1, 2), 0)
+    t = (cache.counts[1] + cache.counts[2])[:, None] + torch.arange(q.shape[2])
+    keys, t = torch.arange(k.shape[2]), t[:, None, :, None]
+    seen = (keys <= t) & (keys > t - (window or 1000))
+    mask = torch.zeros(seen.shape).double().masked_fill(~seen, -math.inf)
+    return M.attend_in_groups(None, q, k, v, mask, q.shape[-1] ** -0.5)[0]
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("H,G,d,T,splits,window", [
+    (4, 2, 16, 1, 1, None), (6, 2, 24, 5, 2, None), (3, 3, 16, 6, 4, 7), (8, 1, 32, 3, 1, 2),
+    (4, 1, 16, 18, 2, 20), (9, 3, 64, 2, 8, None)])
+@kernels()
+def test_attention_kernel(H, G, d, T, splits, window, dtype, tol, monkeypatch):
+    """Rows of 0 to 44 tokens, some of them pending, that bring fewer than T; padding of all kinds
+    (heads of 24, 20 queries in tiles of 16); more splits than columns; windows within new tokens.
+    """
+    monkeypatch.setattr(M, "attention_tiles", lambda *shape: (16, 16, 4, 2, splits))
+    torch.manual_seed(T)
+    b, counts = 4, torch.tensor([[0] * 4, [0, 3, 17, 40], [0, 1, 0, 4]], dtype=torch.int32)
+    kept = M.AttentionState(*torch.randn(2, b, G, 72, d).to(dtype))
+    cache, n_valid = M.MixerCache([kept], counts, 16, 66), torch.tensor([T, 1, T - 1, T])
+    cache.columns = 1
+    t = torch.arange(T)
+    cache.positions = (counts[1:].sum(0)[:, None] + t).masked_fill(t >= n_valid[:, None], 66)
+    q, k, v = (torch.randn(b, T, heads, d).to(dtype) for heads in (H, G, G))
+    angle = torch.randn(b, T, d // 2).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    twin = copy.deepcopy(cache)
+    got = M.attention_step(q, k, v, cos, sin, kept, cache, d ** -0.5, window)
+    want = attention_definition(q, k, v, cos, sin, twin, window)
+    assert got.dtype == dtype and not got.isnan().any()
+    real = t < n_valid[:, None]                                          # (b,T)
+    close(got[real].double(), want[real], tol)
+    for mine, theirs in zip(kept, twin.layers[0]):
+        close(mine[:, :, :66].double(), theirs[:, :, :66], tol)
+
+
+@pytest.mark.parametrize("layers,fields", [
+    ([0, 1], dict(kv=1)), ([1], dict(kind="mistral", sliding_window=4)), ([0, 1], dict(
+        kind="qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1))])
+@torch.no_grad()
+def test_decode_by_the_attention_kernel(layers, fields, monkeypatch):
+    """Whole models in float32, every logit against a forward; both layers of a mixed model."""
+    calls, step = [], M.attention_step
+    monkeypatch.setattr(M, "attention_tiles", lambda *shape: (16, 16, 4, 2, 2))
+    monkeypatch.setattr(M, "attention_step", lambda *args: calls.append(args[-1]) or step(*args))
+    with kernels():
+        student = make_student(layers, layers=2, dtype=torch.float32, **fields)
+        follow_schedule(student, seed=1, ring=6, rounds=4, tol=1e-3)
+        follow_schedule(student, seed=2, ring=3, rounds=2, prompts=(0, 0), tol=1e-3)
+    assert set(calls) == ({None, 3} if "max_window_layers" in fields else
+                          {fields.get("sliding_window")})
+
+
+@torch.no_grad()
+def test_qwen2_slides_only_in_layers_that_say_so():
+    """A window in the configuration, and layer types that never use it."""
+    student = make_student([0, 1], kind="qwen2", layers=2, use_sliding_window=True,
+                           sliding_window=3, max_window_layers=2)
+    follow_schedule(student, seed=1, ring=4, rounds=2)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_single_step_is_the_recurrence(mixer):
     """One token, in place, for two rows: outputs and the state that it moves."""
@@ -1850,21 +1918,6 @@ def test_generate_equals_forward(mixer, share):
             with torch.no_grad():
                 assert int(target(torch.tensor([text])).logits[0, -1].argmax()) == token
             text.append(token)
-
-
-def test_replays_see_every_column(monkeypatch):
-    """A replay reads all that is written and at most a block more; the first call is no step."""
-    cache, steps, captured = SimpleNamespace(layers=[M.AttentionState(
-        *torch.zeros(2, 2, 3, 64, 4))], visible=64), [], []
-    monkeypatch.setattr(S, "CAPTURE_BYTES", 25 / 2 * (2 * 2 * 3 * 4 * 4))         # blocks of 5
-    monkeypatch.setattr(S, "warm_up", lambda step: None)
-    monkeypatch.setattr(S, "capture", lambda step, generator: captured.append(cache.visible) or (
-        functools.partial(step, cache.visible), None))
-    run = S.replays(lambda visible=None: steps.append(visible or cache.visible), cache, 7, None)
-    for n in range(60):
-        next(run)
-        assert len(steps) == n and captured[-1] == min(64, M.in_eights(12 + n // 5 * 5))
-    assert all(min(60, 7 + n) <= seen <= 7 + n + 12 for n, seen in enumerate(steps, 1))
 
 
 def test_sample_is_generate_in_batches():
