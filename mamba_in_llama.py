@@ -778,10 +778,6 @@ class AttentionState(NamedTuple):
     v: torch.Tensor                    # (b,G,width,head_dim)
 
 
-# attention layers that are nothing but four projections, RoPE and softmax, perhaps in a window
-KERNEL_SERVES = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
-
-
 class MixerCache:
     """All a decoder remembers, for `generate()` and for Algorithm 2 alike.
 
@@ -1224,24 +1220,80 @@ def attend_by_kernel(module, hidden_states, position_embeddings=None, **kwargs):
     return module.o_proj(y.flatten(-2)), None
 
 
+@triton.jit
+def rope_kernel(v, cos, sin, out, v_row, g, scale, heads, d: tl.constexpr, D: tl.constexpr):
+    """RoPE of one head of one token; heads from g on, those of C, also get attention's scale."""
+    row, h, j = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D)
+    turned = rotated(v + row * v_row + h * d, cos + row * d, sin + row * d, j, j < d, d)
+    tl.store(out + (row * heads + h) * d + j, turned * tl.where(h < g, 1.0, scale), mask=j < d)
+
+
+def rope_by_kernel(v, cos, sin, g, scale):
+    """RoPE of B and C, and C's scale, in one launch of five. v (b,T,heads,d) -> the same"""
+    (b, T, heads, d), out = v.shape, v.new_empty(v.shape)
+    with torch.cuda.device_of(v):
+        rope_kernel[b * T, heads](v, cos, sin, out, v.flatten(0, 1).stride(0), g, scale, heads, d,
+                                  triton.next_power_of_2(d), num_warps=1)
+    return out
+
+
+@triton.jit
+def add_norm_kernel(x, y, weight, eps, total, out, n, BN: tl.constexpr):
+    """total = x + y and its RMSNorm, of one row of n."""
+    row, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BN)
+    x_j = tl.load(x + row + j, mask=j < n, other=0)
+    x_j = (x_j.to(tl.float32) + tl.load(y + row + j, mask=j < n, other=0).to(tl.float32)).to(
+        x_j.dtype)                                                      # (BN,) rounded once
+    tl.store(total + row + j, x_j, mask=j < n)
+    x_j = x_j.to(tl.float32)
+    normed = x_j * tl.rsqrt(tl.sum(x_j * x_j) / n + eps)
+    tl.store(out + row + j, normed * tl.load(weight + j, mask=j < n, other=0), mask=j < n)
+
+
+@triton.jit
+def silu_times_kernel(gate, up, out, n, BN: tl.constexpr):
+    """silu(gate) * up, element by element."""
+    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    v = silu(tl.load(gate + j, mask=j < n).to(tl.float32))
+    tl.store(out + j, v * tl.load(up + j, mask=j < n).to(tl.float32), mask=j < n)
+
+
+def layer_by_kernels(layer, hidden_states, **kwargs):
+    """Stands for the forward of a decoder layer: of what lies between its products, sum and norm
+    take one launch, SiLU and gate another, and the last sum none. x (b,T,D) -> (b,T,D)"""
+    norm, mlp, D = layer.post_attention_layernorm, layer.mlp, hidden_states.shape[-1]
+    y = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
+    x, u = torch.empty_like(y), torch.empty_like(y)                     # (b,T,D)
+    with torch.cuda.device_of(y):
+        add_norm_kernel[y.numel() // D,](hidden_states, y, norm.weight, norm.variance_epsilon, x, u,
+                                         D, triton.next_power_of_2(D), num_warps=8)
+        gate, up = mlp.gate_proj(u), mlp.up_proj(u)                     # (b,T,F)
+        silu_times_kernel[triton.cdiv(up.numel(), 1024),](gate, up, up, up.numel(), 1024)
+    x.view(-1, D).addmm_(up.flatten(0, 1), mlp.down_proj.weight.T)
+    return x
+
+
 @contextmanager
 def few_tokens(model, tokens):
     """Within: decoding by faster forms of some of transformers' functions, undone at the end.
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. Where Triton runs, whole attention layers are swapped; yields whether that is so.
-    On a CPU RoPE is, where the model's function is Llama's, bytecode for bytecode.
+    meanwhile. Where Triton runs, whole layers of Llama, Mistral and Qwen2 are swapped; yields
+    whether that is so. On a CPU RoPE is, where it is Llama's function, bytecode for bytecode.
     """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
-    attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
-    by_kernel = (use_triton(None, model.get_input_embeddings().weight)
-                 and {kind.__name__ for kind in attention} <= KERNEL_SERVES)
+    layers = {type(layer) for layer in model.model.layers}
+    by_kernel = (use_triton(None, norm.weight) and {kind.__name__ for kind in layers} <= {
+        *HybridForCausalLM._no_split_modules} and config.hidden_act == "silu" and not getattr(
+            config, "mlp_bias", False) and not torch.is_autocast_enabled(tokens.device.type))
     module = sys.modules[type(model.model).__module__]
     code = getattr(getattr(module, "apply_rotary_pos_emb", None), "__code__", None)
     if by_kernel:
-        swaps += [(kind, "forward", attend_by_kernel) for kind in attention]
+        attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
+        swaps += [*((kind, "forward", layer_by_kernels) for kind in layers),
+                  *((kind, "forward", attend_by_kernel) for kind in attention)]
     elif code and code.co_code == llama_rope.__code__.co_code and not tokens.is_cuda:
         rotary = type(model.model.rotary_emb)
         swaps += [(module, "apply_rotary_pos_emb", rotate_together),
@@ -1422,7 +1474,7 @@ class Mixer(nn.Module):
             out = bias + sum(past[:, w: w + l] * weight[:, w] for w in range(W))
         return (F.silu(out) if act else out).to(raw.dtype)
 
-    def heads_of(self, proj, convolved, position_embeddings):
+    def heads_of(self, proj, convolved, position_embeddings, cache=None):
         """Cut projections into heads, with RoPE and attention's scale.
 
         proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
@@ -1432,12 +1484,14 @@ class Mixer(nn.Module):
             x, BC = convolved, proj[..., self.rows["B"].start: self.rows["C"].stop]
         else:
             x, BC = convolved[..., :self.d_xb], convolved[..., self.d_xb:]
-        BC = BC.view(*shape, self.head_dim)
-        if self.config.rope:
-            BC = apply_rope(BC, *position_embeddings)
-        B, C = BC[:, :, :g], BC[:, :, g:]
+        BC, scale = BC.view(*shape, self.head_dim), 1.0
         if self.config.scale_c:
-            C = C * self.head_dim ** -0.5
+            scale = self.head_dim ** -0.5
+        if self.config.rope and cache and cache.behind and use_triton(None, proj):
+            BC, scale = rope_by_kernel(BC, *position_embeddings, g, scale), 1.0
+        elif self.config.rope:
+            BC = apply_rope(BC, *position_embeddings)
+        B, C = BC[:, :, :g], BC[:, :, g:] if scale == 1.0 else BC[:, :, g:] * scale
         return x.view(*shape, self.N), B.reshape(*shape, self.N), C.reshape(*shape, self.N)
 
     def weights(self):
@@ -1454,7 +1508,7 @@ class Mixer(nn.Module):
         if token_mask is not None:                  # padding: nothing enters the convolution
             proj = proj * token_mask[..., None]
         convolved = self.convolve(self.conv_input(proj), cache)
-        x, B, C = self.heads_of(proj, convolved, position_embeddings)
+        x, B, C = self.heads_of(proj, convolved, position_embeddings, cache)
         dt, heads = proj[..., self.rows["dt"]], (*proj.shape[:2], H, -1)
         dt = (self.dt_proj(dt) if self.per_channel else dt).view(heads)
         z = None if config.gate == "none" else proj[..., self.rows["z"]].view(heads)

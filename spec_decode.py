@@ -744,10 +744,10 @@ def shape_config(shape):
 
 
 def random_model(shape, share, device):
-    """A hybrid with random weights, for timing only; without attention as Mamba of 16 states."""
-    config, layout = shape_config(shape), {} if share else dict(mixer="mamba", d_state=16)
+    """A hybrid with random weights, for timing only; without attention Mamba itself, 16 states."""
+    config, mamba = shape_config(shape), dict(mixer="mamba", d_state=16, recipe="paper")
     keep = M.attention_layers(share, config.num_hidden_layers)
-    model = hollow_hybrid(config, DTYPE[device.type], keep, **layout)
+    model = hollow_hybrid(config, DTYPE[device.type], keep, **({} if share else mamba))
     return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
                         for name, p in model.named_parameters()}).to(device)
 
