@@ -728,10 +728,11 @@ def test_single_step_is_the_recurrence(mixer):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_forms_for_one_token_compute_the_same(biased):
-    """A matrix times a vector is the linear layer; a product by a matrix is RoPE."""
-    linear, x = torch.nn.Linear(6, 4, bias=biased).double(), torch.randn(1, 1, 6).double()
-    close(M.linear_of_one(linear, x), linear(x))
+def test_forms_for_few_tokens_compute_the_same(biased):
+    """A matrix times a vector or blocks are the linear layer; a product by a matrix is RoPE."""
+    linear = torch.nn.Linear(6, 96, bias=biased).double()
+    for x in (torch.randn(1, 1, 6).double(), torch.randn(2, 3, 6).double()):
+        close(M.linear_of_few(linear, x), linear(x))
     v, angle = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 3, 4).double().repeat(1, 1, 2)
     cos, sin = angle.cos(), angle.sin()
     close(M.apply_rope(v, *M.rotation(cos, sin)), M.apply_rope(v, cos, sin))
