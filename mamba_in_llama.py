@@ -1168,12 +1168,13 @@ def attention_tiles(b, queries, G, d, max_length, dtype):
     """BM, BN, warps, stages and SPLITS of a launch for that many queries per row and group.
 
     Few rows are split, so that each of an H100's 132 SMs has two programs; every split has at
-    least 128 columns once the cache is full. fp32 products take three passes, and registers.
+    least 128 columns once the cache is full. fp32 products take three passes and more registers.
     """
     half = dtype.itemsize == 2
     BM = min(max(16, triton.next_power_of_2(queries)), 64 if half else 16)
     splits = max(1, min(264 // (b * G * triton.cdiv(queries, BM)), max_length // 128))
-    return BM, 64 if half else 32, 4, 3 if half else 2, 1 << splits.bit_length() - 1
+    warps = 4 if half or d <= 64 else 8
+    return BM, 64 if half else 32, warps, 3 if half else 2, 1 << splits.bit_length() - 1
 
 
 def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):

@@ -663,7 +663,7 @@ def attention_definition(q, k, v, cos, sin, cache, window):
     return M.attend_in_groups(None, q, k, v, mask, q.shape[-1] ** -0.5)[0]
 
 
-@pytest.mark.parametrize("dtype,tol", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("H,G,d,T,splits,window", [
     (4, 2, 16, 1, 1, None), (6, 2, 24, 5, 2, None), (3, 3, 16, 6, 4, 7), (8, 1, 32, 3, 1, 2),
     (4, 1, 16, 18, 2, 20), (9, 3, 64, 2, 8, None)])
