@@ -1049,39 +1049,33 @@ def fused_rms_norm(norm, x):
     return x * (norm.weight * (size * size / x.shape[-1] + norm.variance_epsilon).rsqrt())
 
 
-def linear_of_one(linear, x):
-    """A linear layer for one row on a CPU, as a matrix times a vector: a 1-row product is 1 to 4 us
-    slower, 181 times a token in SmolLM2. Layouts and merged projections bring no bandwidth.
+def linear_of_few(linear, x):
+    """A linear layer for one row on a CPU, as a matrix times a vector, or for 4 to 15, as a batch
+    of products with 32 outputs or fewer.
 
-    x (...,k) -> (...,n)
+    A 1-row product is 1 to 4 us slower, 181 times a token in SmolLM2; from 4 rows on MKL's streams
+    the weights at half the speed: verifying 5 tokens took 57 ms, 47 this way (one token: 37; 2
+    cores). x (...,k) -> (...,n)
     """
-    W, bias, row = linear.weight, linear.bias, x.view(-1)
-    y = W.mv(row) if bias is None else torch.addmv(bias, W, row)
-    return y.view(*x.shape[:-1], -1)
-
-
-def linear_in_blocks(linear, x):
-    """A linear layer for 4 to 15 rows on a CPU: a batch of products, each with 32 or fewer outputs.
-
-    MKL's product streams the weights at half the speed from 4 rows on: verifying 5 tokens of
-    SmolLM2 took 57 ms, 47 this way (one token: 37; 2 cores). x (...,k) -> (...,n)
-    """
-    n, k = linear.weight.shape
+    (n, k), W, bias = linear.weight.shape, linear.weight, linear.bias
+    if x.numel() == k:
+        y = W.mv(x.view(-1)) if bias is None else torch.addmv(bias, W, x.view(-1))
+        return y.view(*x.shape[:-1], n)
     block = math.gcd(n, 32)
-    rows = x.reshape(-1, k)
-    blocks = rows.expand(n // block, -1, -1) @ linear.weight.view(-1, block, k).mT     # (.,M,block)
+    blocks = x.reshape(-1, k).expand(n // block, -1, -1) @ W.view(-1, block, k).mT     # (.,M,block)
     y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
-    return y if linear.bias is None else y + linear.bias
+    return y if bias is None else y + bias
 
 
 @triton.jit
 def rotated(x, cos, sin, j, mask, d: tl.constexpr):
-    """`apply_rope` while loading. Pointers x, cos, sin (n,1) of rows, j (1,D) -> fp32 (n,D)"""
+    """`apply_rope` while loading. Pointers x, cos, sin (n,1) of rows, j (1,D) -> (n,D)"""
     own = tl.load(x + j, mask=mask, other=0).to(tl.float32)
     other = tl.load(x + (j + d // 2) % d, mask=mask, other=0).to(tl.float32)
     other = tl.where(j < d // 2, -other, other)
-    return (own * tl.load(cos + j, mask=mask, other=0).to(tl.float32)
-            + other * tl.load(sin + j, mask=mask, other=0).to(tl.float32))
+    turned = (own * tl.load(cos + j, mask=mask, other=0).to(tl.float32)
+              + other * tl.load(sin + j, mask=mask, other=0).to(tl.float32))
+    return turned.to(x.dtype.element_ty)
 
 
 @triton.jit
@@ -1113,19 +1107,18 @@ def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, 
     tile, split = split // SPLITS, split % SPLITS
     first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
     first = tl.minimum(first, longest)
-    DT: tl.constexpr = kept_k.dtype.element_ty
     m, n = tile * BM + tl.arange(0, BM), tl.arange(0, BN)               # (BM,)  (BN,)
     new, j = tl.arange(0, BT), tl.arange(0, D)[None, :]                 # (BT,)  (1,D)
     t, h, in_d = m // (H // G), g * (H // G) + m % (H // G), j < d      # (BM,)  (BM,)  (1,D)
     row = row.to(tl.int64)                                              # offsets pass 2^31
     kept_k, kept_v = kept_k + (row * G + g) * width * d + j, kept_v + (row * G + g) * width * d + j
     q, of_t = q + ((row * T + t) * H + h)[:, None] * d, (row * T + t)[:, None] * d
-    q = rotated(q, cos + of_t, sin + of_t, j, (t < T)[:, None] & in_d, d).to(DT)    # (BM,D)
+    q = rotated(q, cos + of_t, sin + of_t, j, (t < T)[:, None] & in_d, d)        # (BM,D)
     high, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, D), tl.float32)
 
     # 1. this split's share of the columns: whole tiles, so that few columns take few splits
-    start = 0 if WINDOW is None else tl.maximum(first + 1 - WINDOW, 0)
+    start = tl.maximum(first + 1 - WINDOW, 0)
     share = tl.cdiv(first - start, BN * SPLITS) * BN
     start += split * share
     end = tl.minimum(start + share, first)
@@ -1134,25 +1127,21 @@ def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, 
         mask = (s < end)[:, None] & in_d
         k_i = tl.load(kept_k + s[:, None] * d, mask=mask, other=0)      # (BN,D)
         v_i = tl.load(kept_v + s[:, None] * d, mask=mask, other=0)
-        seen = (s < end)[None, :]
-        if WINDOW is not None:
-            seen = seen & (s[None, :] > first + t[:, None] - WINDOW)
+        seen = (s < end)[None, :] & (s[None, :] > first + t[:, None] - WINDOW)
         high, total, acc = absorb(q, k_i, v_i, seen, scale, high, total, acc)
 
     # 2. the new tokens among themselves
     if split == SPLITS - 1:
         angle, real = (row * T + new)[:, None] * d, (new < T)[:, None] & in_d
         token = angle * G + g * d
-        k_new = rotated(k + token, cos + angle, sin + angle, j, real, d).to(DT)    # (BT,D)
+        k_new = rotated(k + token, cos + angle, sin + angle, j, real, d)      # (BT,D)
         v_new = tl.load(v + token + j, mask=real, other=0)
         if tile == 0:
             slot = tl.load(positions + row * T + new, mask=new < T, other=0)[:, None]
             tl.store(kept_k + slot * d, k_new, mask=real)
             tl.store(kept_v + slot * d, v_new, mask=real)
-        causal = new[None, :] <= t[:, None]
-        if WINDOW is not None:
-            causal = causal & (new[None, :] > t[:, None] - WINDOW)
-        high, total, acc = absorb(q, k_new, v_new, causal, scale, high, total, acc)
+        seen = (new[None, :] <= t[:, None]) & (new[None, :] > t[:, None] - WINDOW)
+        high, total, acc = absorb(q, k_new, v_new, seen, scale, high, total, acc)
     total = tl.maximum(total, 1)                                        # an empty split has 0
     at = ((split * b + row) * T + t) * H + h                            # (BM,)
     tl.store(out + at[:, None] * d + j, acc / total[:, None], mask=(t < T)[:, None] & in_d)
@@ -1175,12 +1164,13 @@ def attention_tiles(b, queries, G, d, max_length, dtype):
     """BM, BN, warps, stages and SPLITS of a launch for that many queries per row and group.
 
     Few rows are split, so that each of an H100's 132 SMs has two programs; every split has at
-    least 128 columns once the cache is full. fp32 products take three passes, and registers.
+    least 128 columns once the cache is full. fp32 products take three passes and more registers.
     """
     half = dtype.itemsize == 2
     BM = min(max(16, triton.next_power_of_2(queries)), 64 if half else 16)
     splits = max(1, min(264 // (b * G * triton.cdiv(queries, BM)), max_length // 128))
-    return BM, 64 if half else 32, 4, 3 if half else 2, 1 << splits.bit_length() - 1
+    warps = 4 if half or d <= 64 else 8
+    return BM, 64 if half else 32, warps, 3 if half else 2, 1 << splits.bit_length() - 1
 
 
 def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):
@@ -1194,6 +1184,7 @@ def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):
     assert cos.shape == sin.shape == (b, T, d), "RoPE by the row, over whole heads"
     for tensor in (q, k, v, cos, sin, *kept, cache.positions, cache.counts):
         assert tensor.is_contiguous()
+    window = window or 2 ** 30                                          # none: wider than any row
     BM, BN, warps, stages, splits = attention_tiles(b, queries, G, d, cache.max_length, q.dtype)
     D, BT = (max(16, triton.next_power_of_2(n)) for n in (d, T))
     out, parts, weight = torch.empty_like(q), None, None
@@ -1302,8 +1293,7 @@ def few_tokens(model, tokens):
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
         swaps.append((type(norm), "forward", fused_rms_norm))
     if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
-        linear = linear_of_one if tokens.numel() == 1 else linear_in_blocks
-        swaps.append((nn.Linear, "forward", linear))
+        swaps.append((nn.Linear, "forward", linear_of_few))
     before = [getattr(owner, name) for owner, name, _ in swaps]
     try:
         for owner, name, new in swaps:

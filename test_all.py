@@ -663,7 +663,7 @@ def attention_definition(q, k, v, cos, sin, cache, window):
     return M.attend_in_groups(None, q, k, v, mask, q.shape[-1] ** -0.5)[0]
 
 
-@pytest.mark.parametrize("dtype,tol", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("H,G,d,T,splits,window", [
     (4, 2, 16, 1, 1, None), (6, 2, 24, 5, 2, None), (3, 3, 16, 6, 4, 7), (8, 1, 32, 3, 1, 2),
     (4, 1, 16, 18, 2, 20), (9, 3, 64, 2, 8, None)])
@@ -728,10 +728,11 @@ def test_single_step_is_the_recurrence(mixer):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_forms_for_one_token_compute_the_same(biased):
-    """A matrix times a vector is the linear layer; a product by a matrix is RoPE."""
-    linear, x = torch.nn.Linear(6, 4, bias=biased).double(), torch.randn(1, 1, 6).double()
-    close(M.linear_of_one(linear, x), linear(x))
+def test_forms_for_few_tokens_compute_the_same(biased):
+    """A matrix times a vector or blocks are the linear layer; a product by a matrix is RoPE."""
+    linear = torch.nn.Linear(6, 96, bias=biased).double()
+    for x in (torch.randn(1, 1, 6).double(), torch.randn(2, 3, 6).double()):
+        close(M.linear_of_few(linear, x), linear(x))
     v, angle = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 3, 4).double().repeat(1, 1, 2)
     cos, sin = angle.cos(), angle.sin()
     close(M.apply_rope(v, *M.rotation(cos, sin)), M.apply_rope(v, cos, sin))
