@@ -285,13 +285,24 @@ class MambaScan(torch.autograd.Function):
 
 
 @triton.jit
+def tokens(v, row, t, l, inside, CHUNK: tl.constexpr):
+    """CHUNK tokens of v from t on, requested at once so that the loads overlap; row: a token's size.
+
+    Those past the end repeat the last one; the caller sets their Delta to 0, which changes no state.
+    """
+    vs = ()
+    for i in tl.static_range(CHUNK):
+        vs += (tl.load(v + tl.minimum(t + i, l - 1) * row, mask=inside, other=0),)
+    return vs
+
+
+@triton.jit
 def mamba_scan_kernel(x, delta, A, B, C, state, y, end, starts, l, H: tl.constexpr, P: tl.constexpr,
                       N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr):
     """`recurrence` for BP channels of one head of one row; their state stays in registers.
 
-    A chunk's tokens are requested at once, so that the loads overlap. Those past the end repeat the
-    last one with Delta = 0, which changes no state. starts (b,chunks,H,P,N), unless None, takes the
-    state before each chunk. Each program reads its inputs once and writes y once.
+    starts (b,chunks,H,P,N), unless None, takes the state before each chunk. Each program reads its
+    inputs once and writes y once.
     """
     p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)   # (BP,)  (BN,)
     h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)            # offsets pass 2^31
@@ -301,23 +312,20 @@ def mamba_scan_kernel(x, delta, A, B, C, state, y, end, starts, l, H: tl.constex
     h_t = tl.load(state + head * (P * N) + tile, mask=in_tile, other=0)
     x, delta, y = x + token * P + p, delta + token * P + p, y + token * P + p
     B, C = B + token * N + n, C + token * N + n
-    for c in range(0, tl.cdiv(l, CHUNK)):
+    for first in range(0, l, CHUNK):
         if starts is not None:
-            at = ((row * tl.cdiv(l, CHUNK) + c) * H + h) * (P * N)
-            tl.store(starts + at + tile, h_t, mask=in_tile)
-        xs, ds, Bs, Cs = (), (), (), ()                                 # one entry per token
+            at = (row * tl.cdiv(l, CHUNK) + first // CHUNK) * H + h
+            tl.store(starts + at * (P * N) + tile, h_t, mask=in_tile)
+        xs = tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        ds = tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Cs = tokens(C, H * N, first, l, in_n, CHUNK)
         for i in tl.static_range(CHUNK):
-            t = tl.minimum(c * CHUNK + i, l - 1) * H
-            xs += (tl.load(x + t * P, mask=in_p, other=0).to(tl.float32),)      # (BP,)
-            ds += (tl.load(delta + t * P, mask=in_p, other=0).to(tl.float32),)  # (BP,)
-            Bs += (tl.load(B + t * N, mask=in_n, other=0).to(tl.float32),)      # (BN,)
-            Cs += (tl.load(C + t * N, mask=in_n, other=0).to(tl.float32),)      # (BN,)
-        for i in tl.static_range(CHUNK):
-            t = c * CHUNK + i
-            d = tl.where(t < l, ds[i], 0)
-            h_t = tl.exp2(d[:, None] * a) * h_t + (d * xs[i])[:, None] * Bs[i][None, :]
-            out = tl.sum(h_t * Cs[i][None, :], 1)                       # (BP,)
-            tl.store(y + t * (H * P), out, mask=p < tl.where(t < l, P, 0))
+            d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
+            u = d * xs[i].to(tl.float32)
+            h_t = tl.exp2(d[:, None] * a) * h_t + u[:, None] * Bs[i].to(tl.float32)[None, :]
+            out = tl.sum(h_t * Cs[i].to(tl.float32)[None, :], 1)        # (BP,)
+            tl.store(y + (first + i) * (H * P), out, mask=p < tl.where(first + i < l, P, 0))
     tl.store(end + head * (P * N) + tile, h_t, mask=in_tile)
 
 
@@ -342,35 +350,35 @@ def mamba_adjoint_kernel(x, delta, A, B, C, starts, dy, g, dx, ddelta, dA, dB, d
     token += tl.program_id(0) * tl.num_programs(2).to(tl.int64) * l * H     # dB, dC (P/BP,b,l,H,N)
     dB, dC = dB + token * N + n, dC + token * N + n
     for done in range(0, tl.cdiv(l, CHUNK)):
-        # 1. the states of the chunk again: hs[0] its start, hs[i + 1] after token i
         c = tl.cdiv(l, CHUNK) - 1 - done
-        at = ((row * tl.cdiv(l, CHUNK) + c) * H + h) * (P * N)
-        hs, xs, ds, Bs = (tl.load(starts + at + tile, mask=in_tile, other=0),), (), (), ()
+        first, at = c * CHUNK, (row * tl.cdiv(l, CHUNK) + c) * H + h
+        hs = (tl.load(starts + at * (P * N) + tile, mask=in_tile, other=0),)
+        xs = tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        ds = tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Cs = tokens(C, H * N, first, l, in_n, CHUNK)
+        dys = tokens(dy, H * P, first, l, in_p, CHUNK)
+        # 1. the states of the chunk again: hs[i + 1] after token i
         for i in tl.static_range(CHUNK):
-            t = tl.minimum(c * CHUNK + i, l - 1) * H
-            xs += (tl.load(x + t * P, mask=in_p, other=0).to(tl.float32),)      # (BP,)
-            d = tl.load(delta + t * P, mask=in_p, other=0).to(tl.float32)
-            ds += (tl.where(c * CHUNK + i < l, d, 0),)                          # (BP,)
-            Bs += (tl.load(B + t * N, mask=in_n, other=0).to(tl.float32),)      # (BN,)
-        for i in tl.static_range(CHUNK):
-            u = (ds[i] * xs[i])[:, None]
-            hs += (tl.exp2(ds[i][:, None] * a) * hs[i] + u * Bs[i][None, :],)   # (BP,BN)
-        # 2. the adjoint: dh is the gradient of the state after token i, then of the one before
+            d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
+            u = d * xs[i].to(tl.float32)
+            hs += (tl.exp2(d[:, None] * a) * hs[i] + u[:, None] * Bs[i].to(tl.float32)[None, :],)
+        # 2. back through it: dh is the gradient of the state after token i, then of the one before
         for i in tl.static_range(CHUNK - 1, -1, -1):
-            t, real = (c * CHUNK + i) * H, c * CHUNK + i < l
-            in_p, in_n = p < tl.where(real, P, 0), n < tl.where(real, N, 0)
-            dy_t = tl.load(dy + t * P, mask=in_p, other=0).to(tl.float32)[:, None]
-            C_t = tl.load(C + t * N, mask=in_n, other=0).to(tl.float32)[None, :]
-            dh += dy_t * C_t
-            du = tl.sum(dh * Bs[i][None, :], 1)                                 # (BP,)
-            tl.store(dC + t * N, tl.sum(dy_t * hs[i + 1], 0), mask=in_n)
-            tl.store(dB + t * N, tl.sum((ds[i] * xs[i])[:, None] * dh, 0), mask=in_n)
-            tl.store(dx + t * P, ds[i] * du, mask=in_p)
-            dh *= tl.exp2(ds[i][:, None] * a)
+            t, real = (first + i) * H, first + i < l
+            at_p, at_n = p < tl.where(real, P, 0), n < tl.where(real, N, 0)
+            d, x_t = tl.where(real, ds[i], 0).to(tl.float32), xs[i].to(tl.float32)
+            dy_t = tl.where(real, dys[i], 0).to(tl.float32)
+            dh += dy_t[:, None] * Cs[i].to(tl.float32)[None, :]
+            du = tl.sum(dh * Bs[i].to(tl.float32)[None, :], 1)          # (BP,)
+            tl.store(dC + t * N, tl.sum(dy_t[:, None] * hs[i + 1], 0), mask=at_n)
+            tl.store(dB + t * N, tl.sum((d * x_t)[:, None] * dh, 0), mask=at_n)
+            tl.store(dx + t * P, d * du, mask=at_p)
+            dh *= tl.exp2(d[:, None] * a)
             dlog = dh * hs[i]                                           # of the exponent Delta A
-            sum_dA += ds[i][:, None] * dlog
-            dd = tl.sum(dlog * a, 1) * 0.6931471805599453 + xs[i] * du  # a = A / ln 2
-            tl.store(ddelta + t * P, dd, mask=in_p)
+            sum_dA += d[:, None] * dlog
+            dd = tl.sum(dlog * a, 1) * 0.6931471805599453 + x_t * du    # a = A / ln 2
+            tl.store(ddelta + t * P, dd, mask=at_p)
     tl.store(dstate + head * (P * N) + tile, dh, mask=in_tile)
     tl.store(dA + head * (P * N) + tile, sum_dA, mask=in_tile)
 
