@@ -286,9 +286,9 @@ class MambaScan(torch.autograd.Function):
 
 @triton.jit
 def tokens(v, row, t, l, inside, CHUNK: tl.constexpr):
-    """CHUNK tokens of v from t on, requested at once so that the loads overlap; row: a token's size.
+    """CHUNK tokens from t on, `row` values apart, requested at once so that the loads overlap.
 
-    Those past the end repeat the last one; the caller sets their Delta to 0, which changes no state.
+    Those past the end repeat the last one; the caller sets their Delta to 0: they do nothing.
     """
     vs = ()
     for i in tl.static_range(CHUNK):
