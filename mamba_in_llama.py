@@ -285,7 +285,7 @@ class MambaScan(torch.autograd.Function):
 
 
 @triton.jit
-def tokens(v, row, t, l, inside, CHUNK: tl.constexpr):
+def load_tokens(v, row, t, l, inside, CHUNK: tl.constexpr):
     """CHUNK tokens from t on, `row` values apart, requested at once so that the loads overlap.
 
     Those past the end repeat the last one; the caller sets their Delta to 0: they do nothing.
@@ -316,10 +316,10 @@ def mamba_scan_kernel(x, delta, A, B, C, state, y, end, starts, l, H: tl.constex
         if starts is not None:
             at = (row * tl.cdiv(l, CHUNK) + first // CHUNK) * H + h
             tl.store(starts + at * (P * N) + tile, h_t, mask=in_tile)
-        xs = tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
-        ds = tokens(delta, H * P, first, l, in_p, CHUNK)
-        Bs = tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
-        Cs = tokens(C, H * N, first, l, in_n, CHUNK)
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
         for i in tl.static_range(CHUNK):
             d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
             u = d * xs[i].to(tl.float32)
@@ -353,11 +353,11 @@ def mamba_adjoint_kernel(x, delta, A, B, C, starts, dy, g, dx, ddelta, dA, dB, d
         c = tl.cdiv(l, CHUNK) - 1 - done
         first, at = c * CHUNK, (row * tl.cdiv(l, CHUNK) + c) * H + h
         hs = (tl.load(starts + at * (P * N) + tile, mask=in_tile, other=0),)
-        xs = tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
-        ds = tokens(delta, H * P, first, l, in_p, CHUNK)
-        Bs = tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
-        Cs = tokens(C, H * N, first, l, in_n, CHUNK)
-        dys = tokens(dy, H * P, first, l, in_p, CHUNK)
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
+        dys = load_tokens(dy, H * P, first, l, in_p, CHUNK)
         # 1. the states of the chunk again: hs[i + 1] after token i
         for i in tl.static_range(CHUNK):
             d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
