@@ -316,9 +316,9 @@ def mamba_scan_kernel(x, delta, A, B, C, state, y, end, starts, l, H: tl.constex
         if starts is not None:
             at = (row * tl.cdiv(l, CHUNK) + first // CHUNK) * H + h
             tl.store(starts + at * (P * N) + tile, h_t, mask=in_tile)
-        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)               # (BP,) each
         ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
-        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)               # (BN,) each
         Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
         for i in tl.static_range(CHUNK):
             d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
@@ -353,9 +353,9 @@ def mamba_adjoint_kernel(x, delta, A, B, C, starts, dy, g, dx, ddelta, dA, dB, d
         c = tl.cdiv(l, CHUNK) - 1 - done
         first, at = c * CHUNK, (row * tl.cdiv(l, CHUNK) + c) * H + h
         hs = (tl.load(starts + at * (P * N) + tile, mask=in_tile, other=0),)
-        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)                    # (BP,) each
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)               # (BP,) each
         ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
-        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)                    # (BN,) each
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)               # (BN,) each
         Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
         dys = load_tokens(dy, H * P, first, l, in_p, CHUNK)
         # 1. the states of the chunk again: hs[i + 1] after token i
