@@ -227,10 +227,11 @@ def chunk_outputs(u, cum, B, C, start):
 class MambaScan(torch.autograd.Function):
     """Mamba decays every state entry by itself, so no matrix product replaces the recurrence.
 
-    Autograd would keep (b,l,H,P,N) values. Here the states of one chunk exist at a time, in
+    Autograd would keep (b,l,H,P,N) values. Here only the state at the start of each chunk is kept;
+    the backward pass recomputes a chunk's states from it, then runs the adjoint
+    dh_t = C_t dy_t + exp(Delta_{t+1} A) dh_{t+1}. The states of one chunk exist at a time, in
     buffers that stay in cache; operations on whole chunks leave one multiply-add per token and
-    sweep. The backward pass recomputes a chunk's states from the one at its start, then runs the
-    adjoint dh_t = C_t dy_t + exp(Delta_{t+1} A) dh_{t+1}. Inside, time comes first: (l,b,H,.).
+    sweep. Inside, time comes first: (l,b,H,.).
     """
 
     @staticmethod
@@ -245,26 +246,28 @@ class MambaScan(torch.autograd.Function):
         return decay, h
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, state, chunk):
-        """u = Delta x (l,b,H,P), the rest as in `recurrence` -> y (l,b,H,P), state"""
+    def forward(ctx, x, delta, A, B, C, state, chunk):
+        """Shapes: `recurrence`"""
         ctx.chunk, starts, ys = chunk, [], []
+        inputs = [v.transpose(0, 1).to(state.dtype).contiguous() for v in (x, delta, B, C)]
         buffers = [state.new_empty(chunk + i, *state.shape) for i in (0, 1)]
-        for u_c, delta_c, B_c, C_c in zip(*(v.split(chunk) for v in (u, delta, B, C))):
+        for x_c, delta_c, B_c, C_c in zip(*(v.split(chunk) for v in inputs)):
             starts.append(state)
-            h = MambaScan.states(state, A, u_c, delta_c, B_c, *buffers)[1]
+            h = MambaScan.states(state, A, delta_c * x_c, delta_c, B_c, *buffers)[1]
             ys.append(h[1:] @ C_c[..., None])                           # (t,b,H,P,1)
             state = h[-1].clone()
-        ctx.save_for_backward(A, u, delta, B, C, *starts)
-        return torch.cat(ys)[..., 0], state
+        ctx.save_for_backward(A, *inputs, *starts)
+        return torch.cat(ys)[..., 0].transpose(0, 1).to(x.dtype), state
 
     @staticmethod
     def backward(ctx, dy, g):
-        """dy (l,b,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
+        """dy (b,l,H,P), g (b,H,P,N) the gradient of the final state -> gradients of the inputs"""
         A, *saved = ctx.saved_tensors
-        dA, grads, inputs, starts = torch.zeros_like(A), [], (*saved[:4], dy), saved[4:]
+        inputs, starts = [*saved[:4], dy.transpose(0, 1).to(A.dtype)], saved[4:]
         *buffers, dhs = (g.new_empty(ctx.chunk + i, *g.shape) for i in (0, 1, 0))
-        chunks = [*zip(starts, *(v.split(ctx.chunk) for v in inputs))]
-        for start, u, delta, B, C, dy in chunks[::-1]:
+        dA, grads, chunks = 0, [], [*zip(starts, *(v.split(ctx.chunk) for v in inputs))]
+        for start, x, delta, B, C, dy in chunks[::-1]:
+            u = delta * x
             decay, h = MambaScan.states(start, A, u, delta, B, *buffers)
             dh = torch.mul(dy[..., None], C[..., None, :], out=dhs[:len(u)])    # (t,b,H,P,N)
             dh[-1] += g
@@ -274,20 +277,164 @@ class MambaScan(torch.autograd.Function):
             dlog = dh.mul_(decay)           # gradient of h_{t-1} through token t ...
             g = dlog[0].clone()
             dlog.mul_(h[:-1])               # ... times h_{t-1}: gradient of the exponent Delta_t A
-            ddelta = torch.mul(dlog, A, out=decay).sum(-1)              # (t,b,H,P)
+            ddelta = torch.mul(dlog, A, out=decay).sum(-1).addcmul_(x, du[..., 0])      # (t,b,H,P)
             dA += dlog.mul_(delta[..., None]).sum((0, 1))
-            grads.append((du[..., 0], ddelta, dB[..., 0, :], dC[..., 0, :]))
-        du, ddelta, dB, dC = (torch.cat(parts[::-1]) for parts in zip(*grads))
-        return du, ddelta, dA, dB, dC, g, None
+            grads.append((delta * du[..., 0], ddelta, dB[..., 0, :], dC[..., 0, :]))
+        dx, ddelta, dB, dC = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*grads))
+        return dx, ddelta, dA, dB, dC, g, None
+
+
+@triton.jit
+def load_tokens(v, row, t, l, inside, CHUNK: tl.constexpr):
+    """CHUNK tokens from t on, `row` values apart, requested at once so that the loads overlap.
+
+    Those past the end repeat the last one; the caller sets their Delta to 0: they do nothing.
+    """
+    vs = ()
+    for i in tl.static_range(CHUNK):
+        vs += (tl.load(v + tl.minimum(t + i, l - 1) * row, mask=inside, other=0),)
+    return vs
+
+
+@triton.jit
+def mamba_scan_kernel(x, delta, A, B, C, state, y, end, starts, l, H: tl.constexpr, P: tl.constexpr,
+                      N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr):
+    """`recurrence` for BP channels of one head of one row; their state stays in registers.
+
+    starts (b,chunks,H,P,N), unless None, takes the state before each chunk. Each program reads its
+    inputs once and writes y once.
+    """
+    p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)   # (BP,)  (BN,)
+    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)            # offsets pass 2^31
+    in_p, in_n, tile = p < P, n < N, p[:, None] * N + n[None, :]        # (BP,BN)
+    in_tile, head, token = in_p[:, None] & in_n[None, :], row * H + h, row * l * H + h
+    a = tl.load(A + h * (P * N) + tile, mask=in_tile, other=0) * 1.4426950408889634    # for exp2
+    h_t = tl.load(state + head * (P * N) + tile, mask=in_tile, other=0)
+    x, delta, y = x + token * P + p, delta + token * P + p, y + token * P + p
+    B, C = B + token * N + n, C + token * N + n
+    for first in range(0, l, CHUNK):
+        if starts is not None:
+            at = (row * tl.cdiv(l, CHUNK) + first // CHUNK) * H + h
+            tl.store(starts + at * (P * N) + tile, h_t, mask=in_tile)
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)               # (BP,) each
+        ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)               # (BN,) each
+        Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
+        for i in tl.static_range(CHUNK):
+            d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
+            u = d * xs[i].to(tl.float32)
+            h_t = tl.exp2(d[:, None] * a) * h_t + u[:, None] * Bs[i].to(tl.float32)[None, :]
+            out = tl.sum(h_t * Cs[i].to(tl.float32)[None, :], 1)        # (BP,)
+            tl.store(y + (first + i) * (H * P), out, mask=p < tl.where(first + i < l, P, 0))
+    tl.store(end + head * (P * N) + tile, h_t, mask=in_tile)
+
+
+@triton.jit
+def mamba_adjoint_kernel(x, delta, A, B, C, starts, dy, g, dx, ddelta, dA, dB, dC, dstate, l,
+                         H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+                         BN: tl.constexpr, CHUNK: tl.constexpr):
+    """The backward pass of `mamba_scan_kernel`, chunks from last to first; g: of the final state.
+
+    Sums over channels (dB, dC) and over rows (dA) are left to the caller, one term per program:
+    atomic additions would come in another order each time. Registers: CHUNK + 1 states (BP,BN).
+    """
+    p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)   # (BP,)  (BN,)
+    h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)            # offsets pass 2^31
+    in_p, in_n, tile = p < P, n < N, p[:, None] * N + n[None, :]        # (BP,BN)
+    in_tile, head, token = in_p[:, None] & in_n[None, :], row * H + h, row * l * H + h
+    a = tl.load(A + h * (P * N) + tile, mask=in_tile, other=0) * 1.4426950408889634    # for exp2
+    dh, sum_dA = tl.load(g + head * (P * N) + tile, mask=in_tile, other=0), tl.zeros_like(a)
+    x, delta, dy = x + token * P + p, delta + token * P + p, dy + token * P + p
+    dx, ddelta = dx + token * P + p, ddelta + token * P + p
+    B, C = B + token * N + n, C + token * N + n
+    token += tl.program_id(0) * tl.num_programs(2).to(tl.int64) * l * H     # dB, dC (P/BP,b,l,H,N)
+    dB, dC = dB + token * N + n, dC + token * N + n
+    for done in range(0, tl.cdiv(l, CHUNK)):
+        c = tl.cdiv(l, CHUNK) - 1 - done
+        first, at = c * CHUNK, (row * tl.cdiv(l, CHUNK) + c) * H + h
+        hs = (tl.load(starts + at * (P * N) + tile, mask=in_tile, other=0),)
+        xs = load_tokens(x, H * P, first, l, in_p, CHUNK)               # (BP,) each
+        ds = load_tokens(delta, H * P, first, l, in_p, CHUNK)
+        Bs = load_tokens(B, H * N, first, l, in_n, CHUNK)               # (BN,) each
+        Cs = load_tokens(C, H * N, first, l, in_n, CHUNK)
+        dys = load_tokens(dy, H * P, first, l, in_p, CHUNK)
+        # 1. the states of the chunk again: hs[i + 1] after token i
+        for i in tl.static_range(CHUNK):
+            d = tl.where(first + i < l, ds[i], 0).to(tl.float32)
+            u = d * xs[i].to(tl.float32)
+            hs += (tl.exp2(d[:, None] * a) * hs[i] + u[:, None] * Bs[i].to(tl.float32)[None, :],)
+        # 2. back through it: dh is the gradient of the state after token i, then of the one before
+        for i in tl.static_range(CHUNK - 1, -1, -1):
+            t, real = (first + i) * H, first + i < l
+            at_p, at_n = p < tl.where(real, P, 0), n < tl.where(real, N, 0)
+            d, x_t = tl.where(real, ds[i], 0).to(tl.float32), xs[i].to(tl.float32)
+            dy_t = tl.where(real, dys[i], 0).to(tl.float32)
+            dh += dy_t[:, None] * Cs[i].to(tl.float32)[None, :]
+            du = tl.sum(dh * Bs[i].to(tl.float32)[None, :], 1)          # (BP,)
+            tl.store(dC + t * N, tl.sum(dy_t[:, None] * hs[i + 1], 0), mask=at_n)
+            tl.store(dB + t * N, tl.sum((d * x_t)[:, None] * dh, 0), mask=at_n)
+            tl.store(dx + t * P, d * du, mask=at_p)
+            dh *= tl.exp2(d[:, None] * a)
+            dlog = dh * hs[i]                                           # of the exponent Delta A
+            sum_dA += d[:, None] * dlog
+            dd = tl.sum(dlog * a, 1) * 0.6931471805599453 + x_t * du    # a = A / ln 2
+            tl.store(ddelta + t * P, dd, mask=at_p)
+    tl.store(dstate + head * (P * N) + tile, dh, mask=in_tile)
+    tl.store(dA + head * (P * N) + tile, sum_dA, mask=in_tile)
+
+
+class MambaScanTriton(torch.autograd.Function):
+    """`MambaScan` on the GPU: a launch each way, every program loops over all tokens.
+
+    Kept for the backward pass: 4 H P N / chunk bytes per token, 203 MB for 64 x 512 tokens of
+    d_state 16 in SmolLM2 (H, P, N = 36, 16, 16), 812 MB for (9, 64, 64).
+    """
+
+    @staticmethod
+    def tiles(P, N):
+        """BP, BN, chunk, warps: 8 entries of a state per thread; 8 such states would spill."""
+        BP, BN = min(triton.next_power_of_2(P), 16), triton.next_power_of_2(N)
+        return BP, BN, 6, max(1, BP * BN // 256)
+
+    @staticmethod
+    def launch(kernel, x, delta, A, B, *tensors):
+        """One program per row, head and BP channels."""
+        (b, l, H, P), N = x.shape, B.shape[-1]
+        *tile, warps = MambaScanTriton.tiles(P, N)
+        with torch.cuda.device_of(x):
+            kernel[triton.cdiv(P, tile[0]), H, b](x, delta, A, B, *tensors, l, H, P, N, *tile,
+                                                  num_warps=warps)
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, state, chunk):
+        """Shapes: `recurrence`; chunk: see `tiles`"""
+        *inputs, state = (v.contiguous() for v in (x, delta, A, B, C, state))
+        (b, l, H, P), N, starts = x.shape, B.shape[-1], None
+        if any(ctx.needs_input_grad):
+            starts = state.new_empty(b, triton.cdiv(l, MambaScanTriton.tiles(P, N)[2]), H, P, N)
+        y, end = torch.empty_like(inputs[0]), torch.empty_like(state)
+        MambaScanTriton.launch(mamba_scan_kernel, *inputs, state, y, end, starts)
+        ctx.save_for_backward(*inputs, starts)
+        return y, end
+
+    @staticmethod
+    def backward(ctx, dy, g):
+        """Shapes: `MambaScan.backward`"""
+        x, delta, A, B, C, starts = ctx.saved_tensors
+        splits = triton.cdiv(x.shape[3], MambaScanTriton.tiles(*A.shape[1:])[0])
+        dy, g = dy.contiguous(), g.contiguous()
+        dx, ddelta, dstate = (torch.empty_like(v) for v in (x, delta, g))
+        dA, dB, dC = (v.new_empty(n, *v.shape) for n, v in ((len(x), A), (splits, B), (splits, C)))
+        MambaScanTriton.launch(mamba_adjoint_kernel, x, delta, A, B, C, starts, dy, g, dx, ddelta,
+                               dA, dB, dC, dstate)
+        return dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dstate, None
 
 
 @torch.compiler.disable                             # which would unroll the loops over tokens
 def mamba_scan(x, delta, A, B, C, state, chunk):
     """Mamba's scan, a chunk of states at a time. Shapes: `recurrence`"""
-    u, delta, B, C = (v.to(state.dtype).transpose(0, 1).contiguous()    # (l,b,H,.)
-                      for v in (delta * x, delta, B, C))
-    y, state = MambaScan.apply(u, delta, A.to(state.dtype), B, C, state, chunk)
-    return y.transpose(0, 1).to(x.dtype), state
+    form = MambaScanTriton if use_triton(None, state) else MambaScan
+    return form.apply(x, delta, A.to(state.dtype), B, C, state, chunk)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -167,20 +167,64 @@ def test_scan_by_hand(scan):
     close(state.flatten(), f(8.125, 8.5))
 
 
+def scan_and_gradients(scan, inputs):
+    """y, final state, and the gradients of every input from both, the initial state included."""
+    inputs = [v.detach().clone().requires_grad_() for v in inputs]
+    outs = scan(*inputs)
+    torch.manual_seed(1)            # small integers are exact in bf16; .mT: strided gradients
+    loss = sum((torch.randint(-4, 5, v.mT.shape, device="cpu").to(v) * v.mT).sum() for v in outs)
+    return *outs, *torch.autograd.grad(loss, inputs)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("l,chunk", [(1, 4), (3, 64), (13, 1), (13, 5), (16, 4), (31, 7), (65, 64)])
 def test_chunked_scan_is_the_recurrence(mixer, l, chunk):
-    """Values, final state, and the gradients of every input, the initial state included."""
-    slow = [v.requires_grad_() for v in scan_inputs(mixer, l=l)]
-    fast = [v.detach().clone().requires_grad_() for v in slow]
-    outs = M.recurrence(*slow), M.chunked_scan(*fast, chunk=chunk)
-    for a, b in zip(*outs):
+    inputs = scan_inputs(mixer, l=l)
+    fast = functools.partial(M.chunked_scan, chunk=chunk)
+    for a, b in zip(scan_and_gradients(M.recurrence, inputs), scan_and_gradients(fast, inputs)):
         close(a, b)
-    weights = [torch.randn_like(v) for v in outs[0]]
-    grads = [torch.autograd.grad(sum((w * v).sum() for w, v in zip(weights, out)), inputs)
-             for out, inputs in zip(outs, (slow, fast))]
-    for a, b in zip(*grads):
-        close(a, b)
+
+
+def check_mamba_scan_kernels(b, l, H, P, N, dtype=torch.float32, strength=1):
+    """Mamba's kernels on x, B, C of that dtype against the recurrence in float64."""
+    x, delta, A, B, C, state = scan_inputs("mamba", b, l, H, P, N)
+    delta, A = delta * strength, A * strength
+    delta[0, :3] = 0                                    # a row whose first tokens are padding
+    x, B, C, delta, A, state = (*(v.to(dtype) for v in (x, B, C)),
+                                *(v.float() for v in (delta, A, state)))
+    inputs = x, delta, A, B, C, state
+    want = scan_and_gradients(M.recurrence, [v.double() for v in inputs])
+
+    def strided(tensors):                               # as views of a projection's columns are
+        return [v.mT.contiguous().mT for v in tensors]
+
+    with kernels():
+        inputs = [v.to(DEVICE) for v in inputs]
+        found = scan_and_gradients(lambda *v: M.chunked_scan(*strided(v)), inputs)
+        with torch.no_grad():                           # which keeps no states
+            for v, same_v in zip(found, M.chunked_scan(*inputs)):
+                assert torch.equal(v, same_v)
+        y, _ = M.chunked_scan(*(v.requires_grad_() for v in inputs))
+        assert "Triton" in type(y.grad_fn).__name__
+    for v, exact in zip(found, want):
+        error = (v.cpu().double() - exact).abs().max() / exact.abs().max()
+        assert error < (1e-5 if v.dtype == torch.float32 else 1e-2), (v.shape, error)
+
+
+@pytest.mark.parametrize("l,P,N,kind", [
+    (2, 4, 4, {}), (12, 16, 16, {}), (17, 16, 16, dict(dtype=torch.bfloat16)),  # 1 to 3 chunks
+    (21, 40, 6, {}), (9, 20, 5, {}),                    # several programs a head, padded states
+    (40, 4, 4, dict(strength=50))])                     # exp(-3000) is 0
+def test_mamba_scan_kernels_are_the_recurrence(l, P, N, kind):
+    check_mamba_scan_kernels(2, l, 2, P, N, **kind)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="sizes of models: for a GPU")
+@pytest.mark.parametrize("b,l,H,P,N", [(4, 301, 36, 16, 16), (3, 150, 9, 64, 64),
+                                       (1, 99, 4, 128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mamba_scan_kernels_at_model_sizes(b, l, H, P, N, dtype):
+    check_mamba_scan_kernels(b, l, H, P, N, dtype)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
