@@ -1303,7 +1303,8 @@ def process_of(rank, argv, step, meet):
             terminate_in_step(step, patch)
         with pytest.raises(SystemExit) as stopped:
             M.main(argv)
-    torch.distributed.destroy_process_group()       # gloo's threads must not outlive the process
+    torch.distributed.barrier()                     # neither may leave while the other still talks,
+    torch.distributed.destroy_process_group()       # and gloo's threads not outlive the process
     assert stopped.value.code == 3
 
 
