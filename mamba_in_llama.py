@@ -464,93 +464,97 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
                   P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
                   BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
-    """BP channels of one head of one row; the state, read once, in chunks of BN columns.
+    """BP channels of one head of one row; the state in chunks of BN columns.
 
-    Old tokens are a tile of BR >= ring rows, the new ones another; outputs come from the old state
-    also in a flush, which so delays nobody. Rows too many repeat another one, with Delta = 0, so
-    that no load needs a mask. All loads are issued before the first use, to overlap.
-    Products have the BP channels as rows, so a warp's rows of the state stay its own.
+    Token s, counted from the first new one, is row BR/2 + s of a tile: old ones in the upper half,
+    new ones in the lower. Rows too many repeat a token, with Delta = 0, so that no load needs a
+    mask. All loads are issued before the first use, to overlap; outputs come from the old state,
+    so that they need not wait for a flush. Products have the BP channels as rows, so a warp's rows
+    of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     pending = tl.load(counts + 2 * b + row)
     DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
-    s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
-    new = tl.arange(0, max(BT, 16))                                     # (BS,) a product's least
+    s, t = tl.arange(0, BR) - BR // 2, tl.arange(0, BT)                 # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
+    skip = 0.0 if D is None else tl.load(D + h)
 
     # from here on the pointers are those of this row and head
     row = row.to(tl.int64)                                              # offsets pass 2^31
+    x += row * T * x_row + group(h, H, GX, RUNS) * P + p[None, :]
+    B += row * T * B_row + group(h, H, GB, RUNS) * N
+    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P + p[None, :]
+    ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
+    dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
     state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
     last = tl.minimum(t, T - 1)[:, None]
     C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
-    now = tl.minimum(new, T - 1)                                        # (BS,)
-    B += row * T * B_row + group(h, H, GB, RUNS) * N + now[:, None] * B_row + n     # (BS,BN)
-    x += row * T * x_row + group(h, H, GX, RUNS) * P
-    new_x = tl.load(x + now[:, None] * x_row + p[None, :])              # (BS,BP)
-    new_dt = tl.load(dt + row * T * dt_row + h + now * dt_row)          # (BS,)
+    # the new rows of B, which one program puts into the ring
+    every = tl.arange(0, triton.next_power_of_2(N))[None, :]            # (1,N)
+    mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # its rows of ring_B
+    mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
+    kept_B = tl.load(B + last * B_row + every, mask=mine)               # (BT,N)
+
+    # the tile: which slot of the rings, which of the new tokens
+    n_old, now = length + pending - base, tl.minimum(tl.maximum(s, 0), T - 1)       # .  (BR,)
+    slot = tl.where(s < 0, tl.maximum(s, -tl.maximum(n_old, 1)), now)
+    slot = (length + pending + SLOTS + slot) % SLOTS                    # (BR,) never negative
+    old, new = (s < 0)[:, None], (s >= 0) & (s < T)
+    ring_x += slot[:, None] * (GX * P)                                  # (BR,BP)
+    x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
+    old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
     if z is not None:
         gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
-    n_old = length + pending - base
-    slot = (base + SLOTS + tl.minimum(s, n_old - 1)) % SLOTS            # (BR,) never negative
-    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P + p[None, :]
-    ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N + n
-    ring_dt += row * SLOTS * H + h
-    old_x, old_delta = tl.load(ring_x + slot[:, None] * (GX * P)), tl.load(ring_dt + slot * H)
-    old_B = ring_B + slot[:, None] * (GB * N)                           # (BR,BN)
-    slot = (length + pending + new) % SLOTS                             # (BS,) of the new tokens
+    B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
     # 1. h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
-    new_scores = tl.zeros((max(BT, 16), BT), tl.float32)
     for i in range(0, N, BN):
         in_n = True if N % BN == 0 else n < N - i
         h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
-        C_i = tl.trans(tl.load(C + i, mask=in_n, other=0).to(DT))       # (BN,BT)
-        new_B = tl.load(B + i, mask=in_n, other=0)                      # (BS,BN)
-        B_i = tl.load(old_B + i, mask=in_n, other=0).to(DT)             # (BR,BN)
-        seen = product(h_i, C_i, seen, 2)
-        scores, new_scores = dot(B_i, C_i, scores), dot(new_B.to(DT), C_i, new_scores)
-        if (split == 0) & is_first(h, H, GB, RUNS):
-            tl.store(ring_B + slot[:, None] * (GB * N) + i, new_B, mask=(new < T)[:, None] & in_n)
+        C_i = tl.load(C + i, mask=in_n, other=0).to(DT)                 # (BT,BN)
+        B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
+        seen = product(h_i, tl.trans(C_i), seen, 2)
+        scores = dot(B_i, tl.trans(C_i), scores)
+    delta = tl.where(s < 0, old_delta, softplus(dt_s.to(tl.float32) + shift))
+    delta = tl.where((s >= -n_old) & (s < T), delta, 0)
+    decay = delta * a                               # 1-D: a cumsum over (BR,1) came out wrong on
+    causal = s[:, None] <= t[None, :]               # an H100 (Triton 3.6)                   (BR,BT)
+    cum_s = tl.cumsum(decay)[:, None]
+    cum_t = tl.sum(tl.where(causal, decay[:, None], 0), 0)[None, :]
 
-    # 2. old tokens decay until the first new one, and with the state from there on
-    delta = tl.where(s < n_old, old_delta, 0)                           # (BR,)
-    rest = tl.cumsum(delta * a, reverse=True) - delta * a   # 1-D: over (BR,1) a cumsum came out
-    scores *= (delta * tl.exp(rest))[:, None]               # wrong on an H100 (Triton 3.6)
-    out = product(tl.trans(old_x.to(DT)), scores, seen * tl.exp(tl.sum(delta * a)), 2)
-
-    # 3. new tokens among themselves: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
-    delta = tl.where(new < T, softplus(new_dt.to(tl.float32) + shift), 0)           # (BS,)
-    causal = new[:, None] <= t[None, :]                                 # (BS,BT)
-    cum_t = tl.sum(tl.where(causal, (delta * a)[:, None], 0), 0)[None, :]
-    decay = tl.exp(tl.minimum(cum_t - tl.cumsum(delta * a)[:, None], 0))
-    new_scores = tl.where(causal, new_scores * decay * delta[:, None], 0)
+    # 2. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
+    scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
+    scores = tl.where(causal, scores, 0)
     if D is not None:
-        new_scores += tl.where(new[:, None] == t[None, :], tl.load(D + h), 0)
-    out = product(tl.trans(new_x.to(DT)), new_scores, out * tl.exp(cum_t), 2)
+        scores += tl.where(s[:, None] == t[None, :], skip, 0)
+    out = product(tl.trans(x_s.to(DT)), scores, seen * tl.exp(cum_t), 2)
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
         out *= silu(gate.to(tl.float32))
     y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
     tl.store(y, out, mask=(t < T)[:, None])
 
-    # 4. the new inputs enter the ring, each from one program; nobody reads these slots now
+    # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
     if is_first(h, H, GX, RUNS):
-        tl.store(ring_x + slot[:, None] * (GX * P), new_x, mask=(new < T)[:, None])
+        tl.store(ring_x, x_s, mask=new[:, None])
     if split == 0:
-        tl.store(ring_dt + slot * H, delta, mask=new < T)
+        tl.store(ring_dt + slot * H, delta, mask=new)
+    slot = (length + pending + t) % SLOTS                               # (BT,)
+    tl.store(ring_B + slot[:, None] * (GB * N) + every, kept_B, mask=mine)
 
-    # 5. the flush: committed tokens enter the state, which nobody reads any more
+    # 4. the flush: committed tokens enter the state, which nobody reads any more
     if n_old + T > ring:
-        delta = tl.where(s < length - base, old_delta, 0)               # (BR,)
-        weight = delta * tl.exp(tl.cumsum(delta * a, reverse=True) - delta * a)
-        u = tl.trans(old_x.to(tl.float32) * weight[:, None])            # (BP,BR)
-        keep = tl.exp(tl.sum(delta * a))                                # what is left of the state
+        delta = tl.where(s < -pending, delta, 0)                        # (BR,)
+        decay = delta * a
+        weight = delta * tl.exp(tl.cumsum(decay, reverse=True) - decay)
+        keep = tl.exp(tl.sum(decay))                                    # what is left of the state
+        u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
         for i in range(0, N, BN):
             in_n = True if N % BN == 0 else n < N - i
-            B_i = tl.load(old_B + i, mask=in_n, other=0).to(DT)
+            B_i = tl.load(B + i, mask=in_n, other=0).to(DT)
             h_i = tl.load(state + i, mask=in_n, other=0)
             tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
 
@@ -658,7 +662,7 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
-        BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
+        BR, BT = max(16, 2 * triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
         most = 64 if b * H >= 1024 and N > 64 else 32
         return (min(P & -P, most), min(BN, 64 if N > 64 else 32), BR, BT, 2 if P % 32 == 0 else 1,
                 None, 3)

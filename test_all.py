@@ -404,7 +404,7 @@ def small_tiles(monkeypatch):
     """Loops of several rounds where a launch of this size would take one; quicker to interpret."""
     monkeypatch.setattr(M, "tile_sizes", lambda mamba2, b, H, P, N, T, ring: (
         16, 16 if mamba2 else 2 ** (N - 1).bit_length() // 4,
-        max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2,
+        max(16, 2 * 2 ** (ring - 1).bit_length()) if mamba2 else 2,
         max(8, 2 ** (T - 1).bit_length()) if mamba2 else 1, 1, None, 2))
 
 
