@@ -468,9 +468,9 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
 
     Token s, counted from the first new one, is row BR/2 + s of a tile: old ones in the upper half,
     new ones in the lower. Rows too many repeat a token, with Delta = 0, so that no load needs a
-    mask. All loads are issued before the first use, to overlap; outputs come from the old state,
-    so that they need not wait for a flush. Products have the BP channels as rows, so a warp's rows
-    of the state stay its own.
+    mask. All loads are issued before the first use, to overlap; outputs come from the old state, so
+    that none waits for a flush. Products have the BP channels as rows: a warp's rows of the state
+    stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
@@ -489,19 +489,16 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
     dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
     state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
-    last = tl.minimum(t, T - 1)[:, None]
+    last, every = tl.minimum(t, T - 1)[:, None], tl.arange(0, triton.next_power_of_2(N))[None, :]
     C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
-    # the new rows of B, which one program puts into the ring
-    every = tl.arange(0, triton.next_power_of_2(N))[None, :]            # (1,N)
-    mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # its rows of ring_B
+    mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # rows of B for the ring
     mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
-    kept_B = tl.load(B + last * B_row + every, mask=mine)               # (BT,N)
+    mine_B = tl.load(B + last * B_row + every, mask=mine)
 
-    # the tile: which slot of the rings, which of the new tokens
-    n_old, now = length + pending - base, tl.minimum(tl.maximum(s, 0), T - 1)       # .  (BR,)
-    slot = tl.where(s < 0, tl.maximum(s, -tl.maximum(n_old, 1)), now)
-    slot = (length + pending + SLOTS + slot) % SLOTS                    # (BR,) never negative
-    old, new = (s < 0)[:, None], (s >= 0) & (s < T)
+    # the tile: which slots of the rings, which of the new tokens
+    n_old, first = length + pending - base, length + pending + SLOTS    # a sum is never negative
+    now, old, new = tl.minimum(tl.maximum(s, 0), T - 1), (s < 0)[:, None], (s >= 0) & (s < T)
+    slot = (first + tl.where(s < 0, tl.maximum(s, -tl.maximum(n_old, 1)), now)) % SLOTS     # (BR,)
     ring_x += slot[:, None] * (GX * P)                                  # (BR,BP)
     x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
     old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
@@ -542,8 +539,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
         tl.store(ring_x, x_s, mask=new[:, None])
     if split == 0:
         tl.store(ring_dt + slot * H, delta, mask=new)
-    slot = (length + pending + t) % SLOTS                               # (BT,)
-    tl.store(ring_B + slot[:, None] * (GB * N) + every, kept_B, mask=mine)
+    slot = (first + t) % SLOTS                                          # (BT,)
+    tl.store(ring_B + slot[:, None] * (GB * N) + every, mine_B, mask=mine)
 
     # 4. the flush: committed tokens enter the state, which nobody reads any more
     if n_old + T > ring:
