@@ -458,26 +458,40 @@ def product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
+def fold(state, x_s, B, delta, a, n, N: tl.constexpr, BN: tl.constexpr, DT: tl.constexpr):
+    """The flush: tokens x_s (BR,BP) with B (BR,.) enter the state (BP,.); delta (BR,) = 0: not."""
+    decay = delta * a
+    weight = delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
+    keep = tl.exp(tl.sum(decay))                                        # what is left of the state
+    u = tl.trans(x_s.to(tl.float32) * weight[:, None])                  # (BP,BR)
+    for i in range(0, N, BN):
+        in_n = True if N % BN == 0 else n < N - i
+        B_i = tl.load(B + i, mask=in_n, other=0).to(DT)
+        h_i = tl.load(state + i, mask=in_n, other=0)
+        tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
+
+
+@triton.jit
 def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                   x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
                   P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
-                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, LAST: tl.constexpr):
     """BP channels of one head of one row; the state in chunks of BN columns.
 
-    Token s, counted from the first new one, is row BR/2 + s of a tile: old ones in the upper half,
-    new ones in the lower. Rows too many repeat a token, with Delta = 0, so that no load needs a
-    mask. All loads are issued before the first use, to overlap; outputs come from the old state, so
-    that none waits for a flush. Products have the BP channels as rows: a warp's rows of the state
-    stay its own.
+    Token s since the checkpoint is row s of a tile, first those of the ring, then the new ones;
+    output t belongs to row n_old + t. Rows too many repeat the last one, with Delta = 0, so that no
+    load needs a mask. A flush that comes LAST keeps no output waiting, but its tile needs BR >=
+    ring + T rows; a flush before the tile leaves BR >= ring. All loads are issued before the first
+    use, to overlap. Products have the BP channels as rows: a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
     pending = tl.load(counts + 2 * b + row)
     DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
-    s, t = tl.arange(0, BR) - BR // 2, tl.arange(0, BT)                 # (BR,)  (BT,)
+    s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
     skip = 0.0 if D is None else tl.load(D + h)
 
@@ -494,11 +508,20 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # rows of B for the ring
     mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
     mine_B = tl.load(B + last * B_row + every, mask=mine)
+    n_old, n_fold = length + pending - base, length - base
+    flush = n_old + T > ring
 
-    # the tile: which slots of the rings, which of the new tokens
-    n_old, first = length + pending - base, length + pending + SLOTS    # a sum is never negative
-    now, old, new = tl.minimum(tl.maximum(s, 0), T - 1), (s < 0)[:, None], (s >= 0) & (s < T)
-    slot = (first + tl.where(s < 0, tl.maximum(s, -tl.maximum(n_old, 1)), now)) % SLOTS     # (BR,)
+    # 1. a flush that comes first moves the checkpoint
+    if not LAST:
+        if flush:
+            slot = (base + tl.minimum(s, n_fold - 1)) % SLOTS           # (BR,)
+            delta = tl.where(s < n_fold, tl.load(ring_dt + slot * H), 0)
+            x_s = tl.load(ring_x + slot[:, None] * (GX * P))            # (BR,BP)
+            fold(state, x_s, ring_B + slot[:, None] * (GB * N) + n, delta, a, n, N, BN, DT)
+            tl.debug_barrier()                                          # it is read again below
+            base, n_old = length, pending
+    slot, now = (base + s) % SLOTS, tl.minimum(tl.maximum(s - n_old, 0), T - 1)     # (BR,)
+    old, new = (s < n_old)[:, None], (s >= n_old) & (s < n_old + T)
     ring_x += slot[:, None] * (GX * P)                                  # (BR,BP)
     x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
     old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
@@ -506,27 +529,27 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
         gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
     B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
-    # 1. h C_t and B_s . C_t, summed over chunks of the state
+    # 2. h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
         in_n = True if N % BN == 0 else n < N - i
-        h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
+        h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="" if LAST else "evict_first")
         C_i = tl.load(C + i, mask=in_n, other=0).to(DT)                 # (BT,BN)
         B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
         seen = product(h_i, tl.trans(C_i), seen, 2)
         scores = dot(B_i, tl.trans(C_i), scores)
-    delta = tl.where(s < 0, old_delta, softplus(dt_s.to(tl.float32) + shift))
-    delta = tl.where((s >= -n_old) & (s < T), delta, 0)
+    delta = tl.where(s < n_old, old_delta, softplus(dt_s.to(tl.float32) + shift))
+    delta = tl.where(s < n_old + T, delta, 0)
     decay = delta * a                               # 1-D: a cumsum over (BR,1) came out wrong on
-    causal = s[:, None] <= t[None, :]               # an H100 (Triton 3.6)                   (BR,BT)
+    causal = s[:, None] <= n_old + t[None, :]       # an H100 (Triton 3.6)                   (BR,BT)
     cum_s = tl.cumsum(decay)[:, None]
     cum_t = tl.sum(tl.where(causal, decay[:, None], 0), 0)[None, :]
 
-    # 2. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
+    # 3. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
     scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
     scores = tl.where(causal, scores, 0)
     if D is not None:
-        scores += tl.where(s[:, None] == t[None, :], skip, 0)
+        scores += tl.where(s[:, None] == n_old + t[None, :], skip, 0)
     out = product(tl.trans(x_s.to(DT)), scores, seen * tl.exp(cum_t), 2)
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
@@ -534,26 +557,17 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
     tl.store(y, out, mask=(t < T)[:, None])
 
-    # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
+    # 4. the new inputs enter the ring, each from one program; nobody reads these slots now
     if is_first(h, H, GX, RUNS):
         tl.store(ring_x, x_s, mask=new[:, None])
     if split == 0:
         tl.store(ring_dt + slot * H, delta, mask=new)
-    slot = (first + t) % SLOTS                                          # (BT,)
+    slot = (base + n_old + t) % SLOTS                                   # (BT,)
     tl.store(ring_B + slot[:, None] * (GB * N) + every, mine_B, mask=mine)
-
-    # 4. the flush: committed tokens enter the state, which nobody reads any more
-    if n_old + T > ring:
-        delta = tl.where(s < -pending, delta, 0)                        # (BR,)
-        decay = delta * a
-        weight = delta * tl.exp(tl.cumsum(decay, reverse=True) - decay)
-        keep = tl.exp(tl.sum(decay))                                    # what is left of the state
-        u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
-        for i in range(0, N, BN):
-            in_n = True if N % BN == 0 else n < N - i
-            B_i = tl.load(B + i, mask=in_n, other=0).to(DT)
-            h_i = tl.load(state + i, mask=in_n, other=0)
-            tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
+    if LAST:
+        if flush:
+            tl.debug_barrier()                                          # all have read the state
+            fold(state, x_s, B, tl.where(s < n_fold, delta, 0), a, n, N, BN, DT)
 
 
 @triton.jit
@@ -659,10 +673,13 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
-        BR, BT = max(16, 2 * triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
-        most = 64 if b * H >= 1024 and N > 64 else 32
-        return (min(P & -P, most), min(BN, 64 if N > 64 else 32), BR, BT, 2 if P % 32 == 0 else 1,
-                None, 3)
+        LAST, BT = not large, max(8, triton.next_power_of_2(T))
+        BR = max(16, triton.next_power_of_2(ring + T * LAST))
+        BP, warps = (32, 4) if LAST and T > 8 else (16, 2) if LAST else (32, 2)
+        if b * H >= 1024 and N > 64:
+            BP = 64
+        return (min(P & -P, BP), min(BN, 64 if N > 64 else 32), BR, BT, LAST,
+                warps if P % 32 == 0 else 1, None, 3)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
         return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
