@@ -509,11 +509,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
     mine_B = tl.load(B + last * B_row + every, mask=mine)
     n_old, n_fold = length + pending - base, length - base
-    flush = n_old + T > ring
 
     # 1. a flush that comes first moves the checkpoint
     if not LAST:
-        if flush:
+        if n_old + T > ring:
             slot = (base + tl.minimum(s, n_fold - 1)) % SLOTS           # (BR,)
             delta = tl.where(s < n_fold, tl.load(ring_dt + slot * H), 0)
             x_s = tl.load(ring_x + slot[:, None] * (GX * P))            # (BR,BP)
@@ -538,6 +537,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
         B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
         seen = product(h_i, tl.trans(C_i), seen, 2)
         scores = dot(B_i, tl.trans(C_i), scores)
+    new_slot = (base + n_old + t) % SLOTS                               # (BT,)
+    tl.store(ring_B + new_slot[:, None] * (GB * N) + every, mine_B, mask=mine)     # frees registers
     delta = tl.where(s < n_old, old_delta, softplus(dt_s.to(tl.float32) + shift))
     delta = tl.where(s < n_old + T, delta, 0)
     decay = delta * a                               # 1-D: a cumsum over (BR,1) came out wrong on
@@ -562,10 +563,8 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
         tl.store(ring_x, x_s, mask=new[:, None])
     if split == 0:
         tl.store(ring_dt + slot * H, delta, mask=new)
-    slot = (base + n_old + t) % SLOTS                                   # (BT,)
-    tl.store(ring_B + slot[:, None] * (GB * N) + every, mine_B, mask=mine)
     if LAST:
-        if flush:
+        if n_old + T > ring:
             tl.debug_barrier()                                          # all have read the state
             fold(state, x_s, B, tl.where(s < n_fold, delta, 0), a, n, N, BN, DT)
 
