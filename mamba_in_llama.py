@@ -663,12 +663,12 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
-    """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
+    """BP, BN, BR, BT (, LAST), warps, register limit, stages: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
     5 tokens at batch 64 of 32 heads of 128 x 128 take 76 us with 64 x 64 tiles and two warps, 84 us
-    with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. Four warps would take
-    Hopper's WGMMA: not tried.
+    with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. A small batch waits for
+    latency, so its flush comes LAST; in a large one the wider tile that this needs costs more.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
