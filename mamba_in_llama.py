@@ -605,18 +605,33 @@ def product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
+def fold(state, x_s, B, delta, a, n, N: tl.constexpr, BN: tl.constexpr, DT: tl.constexpr):
+    """The flush: tokens x_s (BR,BP) with B (BR,.) enter the state (BP,.); delta (BR,) = 0: not."""
+    decay = delta * a
+    weight = delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
+    keep = tl.exp(tl.sum(decay))                                        # what is left of the state
+    u = tl.trans(x_s.to(tl.float32) * weight[:, None])                  # (BP,BR)
+    for i in range(0, N, BN):
+        in_n = True if N % BN == 0 else n < N - i
+        B_i = tl.load(B + i, mask=in_n, other=0).to(DT)
+        h_i = tl.load(state + i, mask=in_n, other=0)
+        tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
+
+
+@triton.jit
 def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, counts,
                   x_row: tl.constexpr, dt_row: tl.constexpr, B_row: tl.constexpr,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
                   P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
-                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, LAST: tl.constexpr):
     """BP channels of one head of one row; the state in chunks of BN columns.
 
-    Token s since the checkpoint is row s of a tile of BR >= ring rows, first those of the ring,
-    then the new ones; output t belongs to row n_old + t. Rows too many repeat the last one, with
-    Delta = 0, so that no load needs a mask. All loads are issued before the first use, to overlap.
-    Products have the BP channels as rows, so a warp's rows of the state stay its own.
+    Token s since the checkpoint is row s of a tile, first those of the ring, then the new ones;
+    output t belongs to row n_old + t. Rows too many repeat the last one, with Delta = 0, so that no
+    load needs a mask. A flush that comes LAST keeps no output waiting, but its tile needs BR >=
+    ring + T rows; a flush before the tile leaves BR >= ring. All loads are issued before the first
+    use, to overlap. Products have the BP channels as rows: a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     base, length = tl.load(counts + row), tl.load(counts + b + row)
@@ -625,66 +640,64 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
     a, shift = tl.load(A + h), tl.load(bias + h)
+    skip = 0.0 if D is None else tl.load(D + h)
 
     # from here on the pointers are those of this row and head
     row = row.to(tl.int64)                                              # offsets pass 2^31
-    x += row * T * x_row + group(h, H, GX, RUNS) * P
+    x += row * T * x_row + group(h, H, GX, RUNS) * P + p[None, :]
     B += row * T * B_row + group(h, H, GB, RUNS) * N
-    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P
+    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P + p[None, :]
     ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
     dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
     state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
-    last = tl.minimum(t, T - 1)[:, None]
+    last, every = tl.minimum(t, T - 1)[:, None], tl.arange(0, triton.next_power_of_2(N))[None, :]
     C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
-    n_old = length + pending - base
+    mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # rows of B for the ring
+    mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
+    mine_B = tl.load(B + last * B_row + every, mask=mine)
+    n_old, n_fold = length + pending - base, length - base
 
-    # 1. the flush: committed tokens enter the state, and the checkpoint moves behind them
-    if n_old + T > ring:
-        slot = (base + s) % SLOTS
-        x_s = tl.load(ring_x + slot[:, None] * (GX * P) + p[None, :])   # (BR,BP)
-        delta = tl.where(s < length - base, tl.load(ring_dt + slot * H), 0)     # (BR,)
-        decay = delta * a
-        weight = delta * tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
-        keep = tl.exp(tl.sum(decay))                                    # what is left of the state
-        u = tl.trans(x_s.to(tl.float32) * weight[:, None])              # (BP,BR)
-        old_B = ring_B + slot[:, None] * (GB * N) + n
-        for i in range(0, N, BN):
-            in_n = True if N % BN == 0 else n < N - i
-            B_i = tl.load(old_B + i, mask=in_n, other=0).to(DT)
-            h_i = tl.load(state + i, mask=in_n, other=0)
-            tl.store(state + i, product(u, B_i, h_i * keep, 3), mask=in_n)
-        tl.debug_barrier()                                              # it is read again below
-        base, n_old = length, pending
+    # 1. a flush that comes first moves the checkpoint
+    if not LAST:
+        if n_old + T > ring:
+            slot = (base + tl.minimum(s, n_fold - 1)) % SLOTS           # (BR,)
+            delta = tl.where(s < n_fold, tl.load(ring_dt + slot * H), 0)
+            x_s = tl.load(ring_x + slot[:, None] * (GX * P))            # (BR,BP)
+            fold(state, x_s, ring_B + slot[:, None] * (GB * N) + n, delta, a, n, N, BN, DT)
+            tl.debug_barrier()                                          # it is read again below
+            base, n_old = length, pending
     slot, now = (base + s) % SLOTS, tl.minimum(tl.maximum(s - n_old, 0), T - 1)     # (BR,)
-    old = s < n_old
-    x = tl.where(old[:, None], ring_x + slot[:, None] * (GX * P), x + now[:, None] * x_row)
-    x_s = tl.load(x + p[None, :])                                       # (BR,BP)
+    old, new = (s < n_old)[:, None], (s >= n_old) & (s < n_old + T)
+    ring_x += slot[:, None] * (GX * P)                                  # (BR,BP)
+    x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
     old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
     if z is not None:
         gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
-    B = tl.where(old[:, None], ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row) + n
+    B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
-    # h C_t and B_s . C_t, summed over chunks of the state
+    # 2. h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
         in_n = True if N % BN == 0 else n < N - i
-        h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="evict_first")
+        h_i = tl.load(state + i, mask=in_n, other=0, eviction_policy="" if LAST else "evict_first")
         C_i = tl.load(C + i, mask=in_n, other=0).to(DT)                 # (BT,BN)
         B_i = tl.load(B + i, mask=in_n, other=0).to(DT)                 # (BR,BN)
         seen = product(h_i, tl.trans(C_i), seen, 2)
         scores = dot(B_i, tl.trans(C_i), scores)
-    delta = tl.where(old, old_delta, softplus(dt_s.to(tl.float32) + shift))
+    new_slot = (base + n_old + t) % SLOTS                               # (BT,)
+    tl.store(ring_B + new_slot[:, None] * (GB * N) + every, mine_B, mask=mine)     # frees registers
+    delta = tl.where(s < n_old, old_delta, softplus(dt_s.to(tl.float32) + shift))
     delta = tl.where(s < n_old + T, delta, 0)
     decay = delta * a                               # 1-D: a cumsum over (BR,1) came out wrong on
     causal = s[:, None] <= n_old + t[None, :]       # an H100 (Triton 3.6)                   (BR,BT)
     cum_s = tl.cumsum(decay)[:, None]
     cum_t = tl.sum(tl.where(causal, decay[:, None], 0), 0)[None, :]
 
-    # 2. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
+    # 3. new tokens among themselves and old ones: sum_s (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s
     scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
     scores = tl.where(causal, scores, 0)
     if D is not None:
-        scores += tl.where(s[:, None] == n_old + t[None, :], tl.load(D + h), 0)
+        scores += tl.where(s[:, None] == n_old + t[None, :], skip, 0)
     out = product(tl.trans(x_s.to(DT)), scores, seen * tl.exp(cum_t), 2)
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
@@ -692,17 +705,15 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
     tl.store(y, out, mask=(t < T)[:, None])
 
-    # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
-    new = (s >= n_old) & (s < n_old + T)
+    # 4. the new inputs enter the ring, each from one program; nobody reads these slots now
     if is_first(h, H, GX, RUNS):
-        tl.store(ring_x + slot[:, None] * (GX * P) + p[None, :], x_s, mask=new[:, None])
+        tl.store(ring_x, x_s, mask=new[:, None])
     if split == 0:
         tl.store(ring_dt + slot * H, delta, mask=new)
-        if is_first(h, H, GB, RUNS):
-            for i in tl.range(0, N, BN, num_stages=1):
-                in_n = new[:, None] & (n < N - i)
-                tl.store(ring_B + slot[:, None] * (GB * N) + i + n,
-                         tl.load(B + i, mask=in_n, other=0), mask=in_n)
+    if LAST:
+        if n_old + T > ring:
+            tl.debug_barrier()                                          # all have read the state
+            fold(state, x_s, B, tl.where(s < n_fold, delta, 0), a, n, N, BN, DT)
 
 
 @triton.jit
@@ -799,19 +810,22 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
-    """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
+    """BP, BN, BR, BT (, LAST), warps, register limit, stages: what was fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
     5 tokens at batch 64 of 32 heads of 128 x 128 take 76 us with 64 x 64 tiles and two warps, 84 us
-    with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. Four warps would take
-    Hopper's WGMMA: not tried.
+    with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. A small batch waits for
+    latency, so its flush comes LAST; in a large one the wider tile that this needs costs more.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
-        BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
-        most = 64 if b * H >= 1024 and N > 64 else 32
-        return (min(P & -P, most), min(BN, 64 if N > 64 else 32), BR, BT, 2 if P % 32 == 0 else 1,
-                None, 3)
+        LAST, BT = not large, max(8, triton.next_power_of_2(T))
+        BR = max(16, triton.next_power_of_2(ring + T * LAST))
+        BP, warps = (32, 4) if LAST and T > 8 else (16, 2) if LAST else (32, 2)
+        if b * H >= 1024 and N > 64:
+            BP = 64
+        return (min(P & -P, BP), min(BN, 64 if N > 64 else 32), BR, BT, LAST,
+                warps if P % 32 == 0 else 1, None, 3)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
         return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
