@@ -443,14 +443,13 @@ def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True
     return worst / scale, error.item()
 
 
-@pytest.fixture(params=[False, True], ids=["first", "last"])
-def small_tiles(request, monkeypatch):
-    """Loops of several rounds where a launch of this size would take one; quicker to interpret.
-    Mamba2's flush comes before the outputs or after them."""
-    last, up = request.param, lambda n: 2 ** (n - 1).bit_length()
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Loops of several rounds where a launch of this size would take one; quicker to interpret."""
     monkeypatch.setattr(M, "tile_sizes", lambda mamba2, b, H, P, N, T, ring: (
-        (16, 16, max(16, up(ring + T * last)), max(8, up(T)), last) if mamba2
-        else (16, up(N) // 4, 2, 1)) + (1, None, 2))
+        16, 16 if mamba2 else 2 ** (N - 1).bit_length() // 4,
+        max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2,
+        max(8, 2 ** (T - 1).bit_length()) if mamba2 else 1, 1, None, 2))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
