@@ -2786,7 +2786,7 @@ COUNT, AMOUNT = (checked(kind, lambda v: v > 0, "above 0") for kind in (int, flo
 SHARE = checked(float, lambda v: 0 <= v <= 1, "in 0..1")
 FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
     "tiny": (bool, False, "the whole story at toy size; replaces ./tiny_run and fixes --out, "
-             "--tokens, --length, --lr and --mixer"),
+             "--tokens, --length, --lr, --rates and --mixer"),
     "teacher": (str, None, "a pretrained Llama-type chat model: directory or hub name"),
     "out": (str, None, "directory for the student; must be empty unless --resume"),
     "attention": (SHARE, 0.5, "share of attention layers that stay, 0..1"),
@@ -2804,7 +2804,7 @@ FLAGS = {       # name: (type, choices, or bool for a switch; default; help)
                        "4 numbers with sum 1"), "0.4,0.15,0.42,0.03",
                "of the budget: alignment, stages 1, 2, 3"),
     "rates": (checked(numbers, lambda v: len(v) == 4 and min(v) >= 0, "4 numbers"),
-              "1,0.25,0.1,0.01", "learning rates of the same, as multiples of --lr"),
+              "1,0.25,0.03,0.003", "learning rates of the same, as multiples of --lr"),
     "rows": (COUNT, 1024, "rows the teacher writes where no file is given"),
     "length": (COUNT, 512, "tokens per row"),
     "batch": (COUNT, 8, "rows per step, over all GPUs"),
@@ -2849,6 +2849,7 @@ def parse_args(argv):
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
         require(N == 1, "--tiny runs in one process, without torchrun")
         args.out, args.tokens, args.length, args.lr = "tiny_run", 300_000, 128, 1e-2
+        args.rates = [1, 0.25, 0.1, 0.01]           # a teacher this young is not harmed by them
         shutil.rmtree(args.out, ignore_errors=True)
         return args
     require(N == 1 or not args.choose_layers, "--choose-layers runs in one process")
