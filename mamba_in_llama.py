@@ -1926,7 +1926,8 @@ class TokenLosses(torch.autograd.Function):
         """s, t (n,V) or None, y (n,) -> ce, kl (n,)"""
         s, t = s.contiguous(), None if t is None else t.contiguous()
         sums = torch.zeros(4, len(s), device=s.device)      # ce, kl, logsumexp of s and of t
-        losses_kernel[(len(s),)](s, t, y, sums, s.shape[1], BV=4096, num_warps=8)
+        with torch.cuda.device_of(s):
+            losses_kernel[(len(s),)](s, t, y, sums, s.shape[1], BV=4096, num_warps=8)
         ctx.save_for_backward(s, t, y, sums)
         return sums[0], sums[1]
 
@@ -1935,7 +1936,8 @@ class TokenLosses(torch.autograd.Function):
         """gradients of ce and of kl (n,) -> of s (n,V)"""
         s, t, y, sums = ctx.saved_tensors
         (n, V), ds, g = s.shape, torch.empty_like(s), torch.stack(gradients)            # (2,n)
-        losses_gradient_kernel[n, triton.cdiv(V, 4096)](s, t, y, sums, g, ds, V, BV=4096)
+        with torch.cuda.device_of(s):
+            losses_gradient_kernel[n, triton.cdiv(V, 4096)](s, t, y, sums, g, ds, V, BV=4096)
         return ds, None, None
 
 
@@ -2448,7 +2450,7 @@ def align_mixers(student, teacher, tokens, steps, batch_size=8, lr=1e-3, **optio
                      only_mixers=True, modules=teacher.model.layers, **options)
     finally:
         for layer, _ in pairs:
-            layer.self_attn = layer.self_attn.attention
+            layer.self_attn = getattr(layer.self_attn, "attention", layer.self_attn)
         for p in trained:
             p.requires_grad_(True)
 
