@@ -754,6 +754,40 @@ def test_decode_by_the_attention_kernel(layers, fields, monkeypatch):
                           {fields.get("sliding_window")})
 
 
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_layer_kernels(dtype, tol):
+    """Sum and norm, SiLU and gate, RoPE and scale: two rows of three tokens, slices of a wider
+    tensor, one token (whose strides say nothing), widths that are no power of two."""
+    with kernels():
+        torch.manual_seed(0)
+        x, y, weight = (v.to(dtype) for v in (*torch.randn(2, 2, 3, 24), torch.randn(24)))
+        total, normed, product = (torch.empty_like(x) for _ in range(3))
+        M.add_norm_kernel[6,](x, y, weight, 1e-5, total, normed, 24, 32)
+        close(total.double(), (x.double() + y.double()), tol)
+        close(normed.double(), F.rms_norm(total.double(), (24,), weight.double(), 1e-5), tol)
+        M.silu_times_kernel[3,](x, y, product, x.numel(), 64)
+        close(product.double(), F.silu(x.double()) * y.double(), tol)
+        for T in 3, 1:
+            v = torch.randn(2, T, 100).to(dtype)[..., 20:92].view(2, T, 3, 24)
+            angle = torch.randn(2, T, 12).repeat(1, 1, 2)
+            cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+            want = M.apply_rope(*(w.double() for w in (v, cos, sin)))
+            want[:, :, 1:] *= 0.5
+            close(M.rope_by_kernel(v, cos, sin, 1, 0.5).double(), want, tol)
+
+
+@pytest.mark.parametrize("fields", [dict(mlp_bias=True), dict(hidden_act="gelu")])
+@torch.no_grad()
+def test_decode_of_layers_that_the_kernels_do_not_serve(fields):
+    """The mixers' kernels run, attention and MLP stay transformers' own."""
+    with kernels():
+        student = make_student([1], layers=2, dtype=torch.float32, **fields)
+        with M.few_tokens(student, torch.zeros(1, 1, dtype=torch.long)) as by_kernel:
+            assert not by_kernel
+        follow_schedule(student, seed=1, ring=4, rounds=2, tol=1e-3)
+
+
 @torch.no_grad()
 def test_qwen2_slides_only_in_layers_that_say_so():
     """A window in the configuration, and layer types that never use it."""
