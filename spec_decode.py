@@ -1140,10 +1140,12 @@ def make_draft(args, device):
     options = M.parse_args(["--teacher", args.target, *args.rest])
     target, tokenizer = load(args.target, device)
     before, chat = read_draft(args.make_draft, target, device).model, M.Chat(tokenizer)
-    draft, data = copy.deepcopy(before), M.real_data(target, chat, options)
+    # bf16 would round away most of AdamW's steps
+    draft, data = copy.deepcopy(before).float(), M.real_data(target, chat, options)
     history = M.distil("draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
                        alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
-    M.save(draft.eval(), chat, options.out)
+    M.save(draft, chat, options.out)
+    draft = load(options.out, device)[0]
     print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
           f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
     prompts = [row[:int((labels != -100).int().argmax())].to(device)
