@@ -1184,7 +1184,8 @@ def rotation(cos, sin):
 
     cos, sin (b,T,d) -> twice (b,T,d,d)
     """
-    R = apply_rope(torch.eye(cos.shape[-1], dtype=cos.dtype)[None, None], cos, sin)
+    eye = torch.eye(cos.shape[-1], dtype=cos.dtype, device=cos.device)
+    R = apply_rope(eye[None, None], cos, sin)
     return R, R
 
 
@@ -1219,7 +1220,7 @@ def linear_of_few(linear, x):
         return y.view(*x.shape[:-1], n)
     block = math.gcd(n, 32)
     blocks = x.reshape(-1, k).expand(n // block, -1, -1) @ W.view(-1, block, k).mT     # (.,M,block)
-    y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
+    y = blocks.transpose(0, 1).contiguous().view(*x.shape[:-1], n)
     return y if bias is None else y + bias
 
 
@@ -1952,11 +1953,14 @@ def losses_kernel(s, t, y, sums, V: tl.constexpr, BV: tl.constexpr):
     if t is not None:
         t += row.to(tl.int64) * V
     for i in range(0, V, BV):
-        s_v = tl.load(s + i + v, mask=v < V - i, other=low).to(tl.float32)
+        # not other=low: it would overflow in fp16
+        s_v = tl.load(s + i + v, mask=v < V - i, other=0).to(tl.float32)
+        s_v = tl.where(v < V - i, s_v, low)
         top = tl.maximum(max_s, s_v)
         sum_s, max_s = sum_s * tl.exp(max_s - top) + tl.exp(s_v - top), top
         if t is not None:
-            t_v = tl.load(t + i + v, mask=v < V - i, other=low).to(tl.float32)
+            t_v = tl.load(t + i + v, mask=v < V - i, other=0).to(tl.float32)
+            t_v = tl.where(v < V - i, t_v, low)
             top = tl.maximum(max_t, t_v)
             shrink, p = tl.exp(max_t - top), tl.exp(t_v - top)
             sum_t, cross, max_t = sum_t * shrink + p, cross * shrink + p * (t_v - s_v), top
@@ -2312,6 +2316,8 @@ def fast(models, modules, length, long):
         if c._attn_implementation == "sdpa" and window >= length:
             c._attn_implementation = "causal"
     for module in modules:
+        # alignment and the stages, with and without gradients, make up to 9 kinds of one layer
+        torch._dynamo.config.recompile_limit = 16
         module.compile(dynamic=False)
     try:
         yield
