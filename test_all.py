@@ -808,9 +808,12 @@ def test_single_step_is_the_recurrence(mixer):
 @pytest.mark.parametrize("biased", [True, False])
 def test_forms_for_few_tokens_compute_the_same(biased):
     """A matrix times a vector or blocks are the linear layer; a product by a matrix is RoPE."""
-    linear = torch.nn.Linear(6, 96, bias=biased).double()
-    for x in (torch.randn(1, 1, 6).double(), torch.randn(2, 3, 6).double()):
-        close(M.linear_of_few(linear, x), linear(x))
+    for n in (96, 97):                              # 32 outputs at a time, or one
+        linear = torch.nn.Linear(6, n, bias=biased).double()
+        for x in (torch.randn(1, 1, 6).double(), torch.randn(2, 3, 6).double()):
+            y = M.linear_of_few(linear, x)
+            close(y, linear(x))
+            assert y.is_contiguous()
     v, angle = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 3, 4).double().repeat(1, 1, 2)
     cos, sin = angle.cos(), angle.sin()
     close(M.apply_rope(v, *M.rotation(cos, sin)), M.apply_rope(v, cos, sin))
@@ -1019,7 +1022,7 @@ def test_token_losses_against_torch():
     assert M.token_losses(s.bfloat16(), t.bfloat16(), y)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_teacher", [True, False])
 @pytest.mark.parametrize("words", [37, 5000])
 def test_token_losses_kernel(words, with_teacher, dtype):
