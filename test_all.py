@@ -2653,6 +2653,14 @@ def test_pictures_draw(tmp_path):
     assert len(list((tmp_path / "assets").glob("*.png"))) == 4
 
 
+def test_curves_of_real_runs_draw(tmp_path):
+    """From the JSON file that the repository carries, by the command of the README."""
+    pytest.importorskip("matplotlib")
+    report = os.path.join(os.path.dirname(__file__), "assets", "h100_smollm2.json")
+    main(["--curves", report, "--plot", str(tmp_path)])
+    assert (tmp_path / "smollm2.png").stat().st_size > 10_000
+
+
 # ---- --compare-teacher: what speculation brings a real model, and that it changes nothing ------
 
 
@@ -3056,14 +3064,14 @@ COLOURS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00",
                pink="#CC79A7", grey="#CCCCCC")              # Okabe and Ito: colour-blind safe
 
 
-def picture(path, draw, width=9, height=5, panels=1):
+def picture(path, draw, width=9, height=5, panels=(1, 1)):
     """Let `draw` fill axes whose letters stay legible at half the width, and save. (matplotlib)"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     with plt.rc_context({"font.size": 16, "axes.spines.top": False, "axes.spines.right": False,
                          "lines.linewidth": 2.5, "lines.markersize": 9}):
-        figure, axes = plt.subplots(panels, panels, figsize=(width, height))
+        figure, axes = plt.subplots(*panels, figsize=(width, height))
         draw(axes)
         figure.tight_layout()
         figure.savefig(path, dpi=100)
@@ -3143,6 +3151,20 @@ def draw_curves(axes, rows):
             axis.legend()
 
 
+def draw_runs(axes, runs):
+    """Losses of alignment and stage 2, means of a sixtieth of the stage; runs: {name: its table}"""
+    for axis, stage, unit in zip(axes, ("alignment", "stage 2"), (
+            "|mixer - attention|² / |attention|²", "Eq. 2, nats per token")):
+        for (name, rows), colour in zip(runs.items(), ("blue", "sky", "orange", "red")):
+            row = next(r for r in rows if r["stage"].startswith(stage))
+            parts = numpy.array_split(row["losses"], 60)
+            x = (numpy.arange(60) + 0.5) * row["steps"] / 60
+            axis.plot(x, [part.mean() for part in parts], label=name, color=COLOURS[colour])
+        axis.set(title=stage, xlabel="step of 64 x 512 tokens", ylabel=unit)
+    axes[0].set_yscale("log")
+    axes[1].legend()
+
+
 def draw_trace(axis, folder, size, n_rounds=12, K=4):
     """Algorithm 2 round by round: a 25 % hybrid drafts for an aligned 50 % hybrid."""
     _, data = ablation_world(folder, size)
@@ -3177,8 +3199,17 @@ def plot_ablations(rows, folder, size, out):
     at = functools.partial(os.path.join, out)
     picture(at("weights.png"), draw_weights, 12, 6.5)
     picture(at("attention_share.png"), lambda axis: draw_shares(axis, rows))
-    picture(at("curves.png"), lambda axes: draw_curves(axes.flat, rows), 12, 9, panels=2)
+    picture(at("curves.png"), lambda axes: draw_curves(axes.flat, rows), 12, 9, (2, 2))
     picture(at("speculation.png"), lambda axis: draw_trace(axis, folder, size), 9, 6.5)
+
+
+def plot_runs(report, out):
+    """smollm2.png from a JSON file {run: what mamba_in_llama.py --json wrote, ...}."""
+    tables = {f"{mixer}, {run['args']['attention']:.1%}".replace(".0%", "%"): rows
+              for run in report.values() if "args" in run and run["args"]["minutes"]
+              for mixer, rows in run["tables"].items()}
+    os.makedirs(out, exist_ok=True)
+    picture(os.path.join(out, "smollm2.png"), lambda axes: draw_runs(axes, tables), 14, 6, (1, 2))
 
 
 def parse_args(argv):
@@ -3189,23 +3220,29 @@ def parse_args(argv):
                         "size, our own switches; resumes from ./ablate_run")
     parser.add_argument("--only", metavar="TABLE", default="", help="of --ablate: 6, '7 left', ...")
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate (3)")
-    parser.add_argument("--plot", metavar="DIR", help="of --ablate: the README's pictures")
+    parser.add_argument("--curves", metavar="FILE", help="draw the losses of the runs in this "
+                        "JSON file")
+    parser.add_argument("--plot", metavar="DIR", help="of --ablate and --curves: for the pictures")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--compare-teacher", metavar="DIR", help="a teacher and its hybrid, "
                         "--target, decode 20 prompts plainly, with ngram:3, and by transformers")
     parser.add_argument("--target", metavar="DIR", help="of --compare-teacher: the hybrid")
     parser.add_argument("--tokens", type=int, default=128, help="of --compare-teacher (128)")
     args = parser.parse_args(argv)
-    if args.bench + args.ablate + bool(args.compare_teacher and args.target) != 1:
-        parser.error("give --bench, --ablate, or --compare-teacher and --target; the tests: "
-                     "python -m pytest test_all.py")
-    if args.plot and (not args.ablate or args.only):
-        parser.error("--plot goes with --ablate and needs all of its tables")
+    if args.bench + args.ablate + bool(args.curves and args.plot) + bool(
+            args.compare_teacher and args.target) != 1:
+        parser.error("give --bench, --ablate, --curves and --plot, or --compare-teacher and "
+                     "--target; the tests: python -m pytest test_all.py")
+    if args.plot and not args.curves and (not args.ablate or args.only):
+        parser.error("--plot goes with --ablate and needs all of its tables, or with --curves")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.curves:
+        with open(args.curves) as file:
+            return plot_runs(json.load(file), args.plot)
     if args.ablate:
         rows = ablate(args.only, args.seeds, json_file=args.json)
     else:
