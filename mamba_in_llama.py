@@ -949,7 +949,8 @@ class MixerCache:
         self.layers, self.counts, self.ring, self.max_length = layers, counts, ring, max_length
         mamba = any(isinstance(v, MixerState) and v.ring_dt.shape[-1] > 1 for v in layers)
         self.fold_at = min(ring, MAMBA_FOLD_AT) if mamba else ring      # `ring` of multi_step
-        self.weights = {}              # A, dt_bias, D by mixer layer
+        self.kernels_serve = False     # do kernels stand for whole layers in `decode`?
+        self.weights = {}              # A, dt_bias, D by mixer layer; W, bias of q, k, v together
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids read, padding included; 0: empty
         self.open = 0                  # the host's copy of the largest pending count
@@ -984,9 +985,16 @@ class MixerCache:
                 layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         cache = cls(layers, counts, ring, max_length)
+        cache.kernels_serve = kernels_serve(student)
         with torch.no_grad():
-            cache.weights = {i: layer.self_attn.weights() for i, layer in
-                             enumerate(student.model.layers) if isinstance(layer.self_attn, Mixer)}
+            for i, mixer in enumerate(layer.self_attn for layer in student.model.layers):
+                if isinstance(mixer, Mixer):
+                    cache.weights[i] = mixer.weights()
+                elif cache.kernels_serve:
+                    parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+                    cache.weights[i] = (torch.cat([part.weight for part in parts]),
+                                        None if parts[0].bias is None else
+                                        torch.cat([part.bias for part in parts]))
         return cache
 
     @property
@@ -1126,7 +1134,7 @@ def decode(model, tokens, cache, n_valid=None):
         cache.plan = replay_plan(cache.counts, T, cache.fold_at,
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
-    with few_tokens(model, tokens) as by_kernel:
+    with few_tokens(model, tokens, cache.kernels_serve) as by_kernel:
         mask = None if by_kernel else decode_masks(model, positions, cache)
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
             hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
@@ -1251,8 +1259,8 @@ def absorb(q, k, v, seen, scale, high, total, acc):
 
 
 @triton.jit
-def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, weight, width,
-                     longest, scale, WINDOW: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
+def attention_kernel(qkv, cos, sin, kept_k, kept_v, positions, counts, out, weight, width, longest,
+                     scale, WINDOW: tl.constexpr, T: tl.constexpr, H: tl.constexpr,
                      G: tl.constexpr, d: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
                      BN: tl.constexpr, BT: tl.constexpr, D: tl.constexpr):
     """BM of the T H / G queries of a row and group, over one of SPLITS runs of the kept columns.
@@ -1269,7 +1277,7 @@ def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, 
     t, h, in_d = m // (H // G), g * (H // G) + m % (H // G), j < d      # (BM,)  (BM,)  (1,D)
     row = row.to(tl.int64)                                              # offsets pass 2^31
     kept_k, kept_v = kept_k + (row * G + g) * width * d + j, kept_v + (row * G + g) * width * d + j
-    q, of_t = q + ((row * T + t) * H + h)[:, None] * d, (row * T + t)[:, None] * d
+    q, of_t = qkv + ((row * T + t) * (H + 2 * G) + h)[:, None] * d, (row * T + t)[:, None] * d
     q = rotated(q, cos + of_t, sin + of_t, j, (t < T)[:, None] & in_d, d)        # (BM,D)
     high, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, D), tl.float32)
@@ -1290,9 +1298,9 @@ def attention_kernel(q, k, v, cos, sin, kept_k, kept_v, positions, counts, out, 
     # 2. the new tokens among themselves
     if split == SPLITS - 1:
         angle, real = (row * T + new)[:, None] * d, (new < T)[:, None] & in_d
-        token = angle * G + g * d
-        k_new = rotated(k + token, cos + angle, sin + angle, j, real, d)      # (BT,D)
-        v_new = tl.load(v + token + j, mask=real, other=0)
+        k = qkv + angle * (H + 2 * G) + (H + g) * d
+        k_new = rotated(k, cos + angle, sin + angle, j, real, d)              # (BT,D)
+        v_new = tl.load(k + G * d + j, mask=real, other=0)
         if tile == 0:
             slot = tl.load(positions + row * T + new, mask=new < T, other=0)[:, None]
             tl.store(kept_k + slot * d, k_new, mask=real)
@@ -1332,27 +1340,28 @@ def attention_tiles(b, queries, G, d, max_length, dtype):
     return BM, 64 if half else 32, warps, stages, 1 << splits.bit_length() - 1
 
 
-def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):
+def attention_step(qkv, cos, sin, kept, cache, scale, window=None):
     """RoPE, writing to the cache and attention of T new tokens per row, in one or two launches.
 
     Its definition is `rotate_together`, `MixerCache.update` and `attend_in_groups`. Memory: each
-    row's kept columns once. q (b,T,H,d)  k, v (b,T,G,d)  cos, sin (b,T,d) -> (b,T,H,d)
+    row's kept columns once. qkv (b,T,H+2G,d): heads of q, k, v  cos, sin (b,T,d) -> (b,T,H,d)
     """
-    (b, T, H, d), G = q.shape, k.shape[2]
+    (b, T, heads, d), G = qkv.shape, kept.k.shape[1]
+    H = heads - 2 * G
     queries = T * H // G                                                # of a row and group
     assert cos.shape == sin.shape == (b, T, d), "RoPE by the row, over whole heads"
-    for tensor in (q, k, v, cos, sin, *kept, cache.positions, cache.counts):
+    for tensor in (qkv, cos, sin, *kept, cache.positions, cache.counts):
         assert tensor.is_contiguous()
     window = window or 2 ** 30                                          # none: wider than any row
-    BM, BN, warps, stages, splits = attention_tiles(b, queries, G, d, cache.max_length, q.dtype)
+    BM, BN, warps, stages, splits = attention_tiles(b, queries, G, d, cache.max_length, qkv.dtype)
     D, BT = (max(16, triton.next_power_of_2(n)) for n in (d, T))
-    out, parts, weight = torch.empty_like(q), None, None
+    out, parts, weight = qkv.new_empty(b, T, H, d), None, None
     if splits > 1:
-        weight = q.new_empty(splits, b, T, H, dtype=torch.float32)
-        parts = q.new_empty(splits, b, T, H, d, dtype=torch.float32)
-    with torch.cuda.device_of(q):
+        weight = qkv.new_empty(splits, b, T, H, dtype=torch.float32)
+        parts = qkv.new_empty(splits, b, T, H, d, dtype=torch.float32)
+    with torch.cuda.device_of(qkv):
         attention_kernel[splits * triton.cdiv(queries, BM), G, b](
-            q, k, v, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
+            qkv, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
             weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
             d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
         if splits > 1:
@@ -1361,12 +1370,15 @@ def attention_step(q, k, v, cos, sin, kept, cache, scale, window=None):
 
 
 def attend_by_kernel(module, hidden_states, position_embeddings=None, **kwargs):
-    """Stands for the forward of an attention layer: between its projections, `attention_step`."""
-    q, k, v = (project(hidden_states).unflatten(-1, (-1, module.head_dim))
-               for project in (module.q_proj, module.k_proj, module.v_proj))
+    """Stands for the forward of an attention layer: between its projections, `attention_step`.
+
+    q, k and v are one product. Of an 8B Llama, batch 1, k and v took 7 us each beside q's 15, since
+    so few rows leave most of an H100 idle.
+    """
+    cache, i = kwargs[CACHE], module.layer_idx
+    qkv = F.linear(hidden_states, *cache.weights[i]).unflatten(-1, (-1, module.head_dim))
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    y = attention_step(q, k, v, *position_embeddings, kwargs[CACHE].layers[module.layer_idx],
-                       kwargs[CACHE], module.scaling, window)
+    y = attention_step(qkv, *position_embeddings, cache.layers[i], cache, module.scaling, window)
     return module.o_proj(y.flatten(-2)), None
 
 
@@ -1388,16 +1400,27 @@ def rope_by_kernel(v, cos, sin, g, scale):
 
 
 @triton.jit
-def add_norm_kernel(x, y, weight, eps, total, out, n, BN: tl.constexpr):
-    """total = x + y and its RMSNorm, of one row of n."""
+def norm_kernel(x, y, weight, eps, total, out, n, BN: tl.constexpr):
+    """RMSNorm of one row of n: of x, or, where there is a y, of total = x + y."""
     row, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BN)
-    x_j = tl.load(x + row + j, mask=j < n, other=0)
-    x_j = (x_j.to(tl.float32) + tl.load(y + row + j, mask=j < n, other=0).to(tl.float32)).to(
-        x_j.dtype)                                                      # (BN,) rounded once
-    tl.store(total + row + j, x_j, mask=j < n)
+    x_j = tl.load(x + row + j, mask=j < n, other=0)                     # (BN,)
+    if y is not None:
+        y_j = tl.load(y + row + j, mask=j < n, other=0).to(tl.float32)
+        x_j = (x_j.to(tl.float32) + y_j).to(x_j.dtype)                  # rounded once
+        tl.store(total + row + j, x_j, mask=j < n)
     x_j = x_j.to(tl.float32)
     normed = x_j * tl.rsqrt(tl.sum(x_j * x_j) / n + eps)
     tl.store(out + row + j, normed * tl.load(weight + j, mask=j < n, other=0), mask=j < n)
+
+
+def norm_by_kernel(norm, x, y=None, total=None):
+    """Stands for the forward of an RMSNorm, in one launch: of 4096 values 2.5 us (H100), where
+    F.rms_norm takes 6.2. With y, the norm of x + y, a sum that `total` receives. x (b,T,D)"""
+    D, out = x.shape[-1], torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        norm_kernel[x.numel() // D,](x, y, norm.weight, norm.variance_epsilon, total, out, D,
+                                     triton.next_power_of_2(D), num_warps=8)
+    return out
 
 
 @triton.jit
@@ -1411,46 +1434,51 @@ def silu_times_kernel(gate, up, out, n, BN: tl.constexpr):
 def layer_by_kernels(layer, hidden_states, **kwargs):
     """Stands for the forward of a decoder layer: of what lies between its products, sum and norm
     take one launch, SiLU and gate another, and the last sum none. x (b,T,D) -> (b,T,D)"""
-    norm, mlp, D = layer.post_attention_layernorm, layer.mlp, hidden_states.shape[-1]
     y = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
-    x, u = torch.empty_like(y), torch.empty_like(y)                     # (b,T,D)
-    with torch.cuda.device_of(y):
-        add_norm_kernel[y.numel() // D,](hidden_states, y, norm.weight, norm.variance_epsilon, x, u,
-                                         D, triton.next_power_of_2(D), num_warps=8)
-        gate, up = mlp.gate_proj(u), mlp.up_proj(u)                     # (b,T,F)
+    x, mlp = torch.empty_like(y), layer.mlp                             # (b,T,D)
+    u = norm_by_kernel(layer.post_attention_layernorm, hidden_states, y, x)
+    gate, up = mlp.gate_proj(u), mlp.up_proj(u)                         # (b,T,F)
+    with torch.cuda.device_of(up):
         silu_times_kernel[triton.cdiv(up.numel(), 1024),](gate, up, up, up.numel(), 1024)
-    x.view(-1, D).addmm_(up.flatten(0, 1), mlp.down_proj.weight.T)
+    x.flatten(0, 1).addmm_(up.flatten(0, 1), mlp.down_proj.weight.T)
     return x
 
 
+def kernels_serve(model):
+    """Are all layers of a kind that `layer_by_kernels` stands for? (Llama, Mistral, Qwen2)"""
+    config, layers = model.model.config, model.model.layers
+    return (use_triton(None, model.get_input_embeddings().weight)
+            and {type(layer).__name__ for layer in layers} <= {*HybridForCausalLM._no_split_modules}
+            and all(type(part) is nn.Linear for name, part in layers.named_modules()
+                    if name.endswith("_proj"))                          # no adapters
+            and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False))
+
+
 @contextmanager
-def few_tokens(model, tokens):
+def few_tokens(model, tokens, serve):
     """Within: decoding by faster forms of some of transformers' functions, undone at the end.
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. Where Triton runs, whole layers of Llama, Mistral and Qwen2 are swapped; yields
-    whether that is so. On a CPU RoPE is, where it is Llama's function, bytecode for bytecode.
+    meanwhile. serve: may whole layers be swapped (`kernels_serve`)? Yields whether they are. On a
+    CPU RoPE is, where it is Llama's function, bytecode for bytecode.
     """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
-    layers = {type(layer) for layer in model.model.layers}
-    by_kernel = (use_triton(None, norm.weight) and {kind.__name__ for kind in layers} <= {
-        *HybridForCausalLM._no_split_modules} and config.hidden_act == "silu" and not getattr(
-            config, "mlp_bias", False) and not torch.is_autocast_enabled(tokens.device.type))
+    by_kernel = serve and not torch.is_autocast_enabled(tokens.device.type)
     module = sys.modules[type(model.model).__module__]
     code = getattr(getattr(module, "apply_rotary_pos_emb", None), "__code__", None)
     if by_kernel:
-        attention = {type(layer.self_attn) for layer in model.model.layers} - {Mixer}
-        swaps += [*((kind, "forward", layer_by_kernels) for kind in layers),
-                  *((kind, "forward", attend_by_kernel) for kind in attention)]
+        swaps += [(kind, "forward", layer_by_kernels) for kind in {*map(type, model.model.layers)}]
+        swaps += [(kind, "forward", attend_by_kernel) for kind in {
+            type(layer.self_attn) for layer in model.model.layers} - {Mixer}]
     elif code and code.co_code == llama_rope.__code__.co_code and not use_triton(None, norm.weight):
         rotary = type(model.model.rotary_emb)
         swaps += [(module, "apply_rotary_pos_emb", rotate_together),
                   (rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
                    rotation(*forward(*args, **kwargs)))]
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
-        swaps.append((type(norm), "forward", fused_rms_norm))
+        swaps.append((type(norm), "forward", norm_by_kernel if by_kernel else fused_rms_norm))
     if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
         swaps.append((nn.Linear, "forward", linear_of_few))
     before = [getattr(owner, name) for owner, name, _ in swaps]
