@@ -67,7 +67,6 @@ from tqdm import tqdm
 from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
 try:
     import triton
@@ -1186,23 +1185,6 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
-def rotation(cos, sin):
-    """RoPE is linear: the identity, rotated once a call, rotates the heads of all layers, each by
-    one product instead of seven operations: SmolLM2's 30 layers take 0.3 ms less (2 cores).
-
-    cos, sin (b,T,d) -> twice (b,T,d,d)
-    """
-    eye = torch.eye(cos.shape[-1], dtype=cos.dtype, device=cos.device)
-    R = apply_rope(eye[None, None], cos, sin)
-    return R, R
-
-
-def rotate_together(q, k, cos, sin, *args):
-    """RoPE as transformers' Llama has it, for q and k at once. q, k (b,heads,T,d)"""
-    both = apply_rope(torch.cat([q, k], 1).transpose(1, 2), cos, sin).transpose(1, 2)
-    return both.split([q.shape[1], k.shape[1]], 1)
-
-
 def fused_rms_norm(norm, x):
     """What transformers' RMSNorm classes compute: one kernel on CUDA instead of six. x (...,D)"""
     if x.is_cuda or x.dtype != torch.float32:
@@ -1343,7 +1325,7 @@ def attention_tiles(b, queries, G, d, max_length, dtype):
 def attention_step(qkv, cos, sin, kept, cache, scale, window=None):
     """RoPE, writing to the cache and attention of T new tokens per row, in one or two launches.
 
-    Its definition is `rotate_together`, `MixerCache.update` and `attend_in_groups`. Memory: each
+    Its definition is `apply_rope`, `MixerCache.update` and `attend_in_groups`. Memory: each
     row's kept columns once. qkv (b,T,H+2G,d): heads of q, k, v  cos, sin (b,T,d) -> (b,T,H,d)
     """
     (b, T, heads, d), G = qkv.shape, kept.k.shape[1]
@@ -1460,23 +1442,15 @@ def few_tokens(model, tokens, serve):
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. serve: may whole layers be swapped (`kernels_serve`)? Yields whether they are. On a
-    CPU RoPE is, where it is Llama's function, bytecode for bytecode.
+    meanwhile. serve: may whole layers be swapped (`kernels_serve`)? Yields whether they are.
     """
     config, norm = model.model.config, model.model.norm
     swaps = [(config, "_attn_implementation", "attend_in_groups")]
     by_kernel = serve and not torch.is_autocast_enabled(tokens.device.type)
-    module = sys.modules[type(model.model).__module__]
-    code = getattr(getattr(module, "apply_rotary_pos_emb", None), "__code__", None)
     if by_kernel:
         swaps += [(kind, "forward", layer_by_kernels) for kind in {*map(type, model.model.layers)}]
         swaps += [(kind, "forward", attend_by_kernel) for kind in {
             type(layer.self_attn) for layer in model.model.layers} - {Mixer}]
-    elif code and code.co_code == llama_rope.__code__.co_code and not use_triton(None, norm.weight):
-        rotary = type(model.model.rotary_emb)
-        swaps += [(module, "apply_rotary_pos_emb", rotate_together),
-                  (rotary, "forward", lambda *args, forward=rotary.forward, **kwargs:
-                   rotation(*forward(*args, **kwargs)))]
     if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
         swaps.append((type(norm), "forward", norm_by_kernel if by_kernel else fused_rms_norm))
     if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
@@ -1497,12 +1471,7 @@ def few_tokens(model, tokens, serve):
 
 
 def apply_rope(v, cos, sin):
-    """Rotary embedding in Llama's half-split layout. v (b,l,heads,d), cos, sin (.,l,d)
-
-    Or cos (b,l,d,d) rotates by one product, see `rotation`.
-    """
-    if cos.ndim == 4:
-        return v @ cos
+    """Rotary embedding in Llama's half-split layout. v (b,l,heads,d), cos, sin (.,l,d)"""
     first, second = v.chunk(2, -1)
     return torch.addcmul(v * cos[:, :, None], torch.cat((-second, first), -1), sin[:, :, None])
 

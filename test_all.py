@@ -677,12 +677,10 @@ def test_when_tokens_are_folded(mixer, most):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @torch.no_grad()
 def test_decoding_swaps_compute_the_same_and_are_undone(kind):
-    """In float32, where norms, RoPE and products of 4 to 15 rows run as our own forms."""
+    """In float32, where norms and products of 4 to 15 rows run as our own forms."""
     student, tokens = make_student([1], kind=kind, layers=2, dtype=torch.float32), draw(1, 12)
-    attention = sys.modules[type(student.model).__module__]
-    owners = [(student.model.config, "_attn_implementation"), (attention, "apply_rotary_pos_emb"),
-              (type(student.model.norm), "forward"), (torch.nn.Linear, "forward"),
-              (type(student.model.rotary_emb), "forward")]
+    owners = [(student.model.config, "_attn_implementation"),
+              (type(student.model.norm), "forward"), (torch.nn.Linear, "forward")]
     before = [getattr(*owner) for owner in owners]
     with M.few_tokens(student, tokens, False):
         assert all(getattr(*owner) != old for owner, old in zip(owners, before))
@@ -699,7 +697,7 @@ def attention_definition(qkv, cos, sin, cache, window):
     qkv, cos, sin, G = qkv.double(), cos.double(), sin.double(), cache.layers[0].k.shape[1]
     q, k, v = qkv.split([qkv.shape[2] - 2 * G, G, G], 2)
     cache.layers = [M.AttentionState(*(x.double() for x in cache.layers[0]))]
-    q, k = M.rotate_together(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    q, k = (M.apply_rope(x, cos, sin).transpose(1, 2) for x in (q, k))
     k, v = cache.update(k, v.transpose(1, 2), 0)
     t = (cache.counts[1] + cache.counts[2])[:, None] + torch.arange(q.shape[2])
     keys, t = torch.arange(k.shape[2]), t[:, None, :, None]
@@ -818,16 +816,13 @@ def test_single_step_is_the_recurrence(mixer):
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_forms_for_few_tokens_compute_the_same(biased):
-    """A matrix times a vector or blocks are the linear layer; a product by a matrix is RoPE."""
+    """A matrix times a vector or blocks are the linear layer."""
     for n in (96, 97):                              # 32 outputs at a time, or one
         linear = torch.nn.Linear(6, n, bias=biased).double()
         for x in (torch.randn(1, 1, 6).double(), torch.randn(2, 3, 6).double()):
             y = M.linear_of_few(linear, x)
             close(y, linear(x))
             assert y.is_contiguous()
-    v, angle = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 3, 4).double().repeat(1, 1, 2)
-    cos, sin = angle.cos(), angle.sin()
-    close(M.apply_rope(v, *M.rotation(cos, sin)), M.apply_rope(v, cos, sin))
 
 
 @torch.no_grad()
