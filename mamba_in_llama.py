@@ -1185,29 +1185,16 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
-def fused_rms_norm(norm, x):
-    """What transformers' RMSNorm classes compute: one kernel on CUDA instead of six. x (...,D)"""
-    if x.is_cuda or x.dtype != torch.float32:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    if x.numel() == x.shape[-1]:                   # one token, one Python number: 0.5 ms a token
-        row = x.view(-1)
-        return x * norm.weight * (row.dot(row).item() / len(row) + norm.variance_epsilon) ** -0.5
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)       # a CPU runs F.rms_norm as eight
-    return x * (norm.weight * (size * size / x.shape[-1] + norm.variance_epsilon).rsqrt())
-
-
 def linear_of_few(linear, x):
-    """A linear layer for one row on a CPU, as a matrix times a vector, or for 4 to 15, as a batch
-    of products with 32 outputs or fewer.
+    """A linear layer for a few rows on several CPU cores: a batch of products of 32 outputs each.
 
-    A 1-row product is 1 to 4 us slower, 181 times a token in SmolLM2; from 4 rows on MKL's streams
-    the weights at half the speed: verifying 5 tokens took 57 ms, 47 this way (one token: 37; 2
-    cores). x (...,k) -> (...,n)
+    A product with 1 to 3 rows keeps one core busy, MKL's with 4 to 15 streams the weights slowly:
+    of SmolLM2, one token took 62 ms, 41 this way, five 78 and 61 (2 cores of an EPYC). Products
+    that take less than 30 us are faster as they are. x (...,k) -> (...,n)
     """
     (n, k), W, bias = linear.weight.shape, linear.weight, linear.bias
-    if x.numel() == k:
-        y = W.mv(x.view(-1)) if bias is None else torch.addmv(bias, W, x.view(-1))
-        return y.view(*x.shape[:-1], n)
+    if n * k < 100_000:
+        return F.linear(x, W, bias)
     block = math.gcd(n, 32)
     blocks = x.reshape(-1, k).expand(n // block, -1, -1) @ W.view(-1, block, k).mT     # (.,M,block)
     y = blocks.transpose(0, 1).contiguous().view(*x.shape[:-1], n)
@@ -1444,16 +1431,14 @@ def few_tokens(model, tokens, serve):
     functions are swapped for the whole process, so no other thread may use these classes
     meanwhile. serve: may whole layers be swapped (`kernels_serve`)? Yields whether they are.
     """
-    config, norm = model.model.config, model.model.norm
-    swaps = [(config, "_attn_implementation", "attend_in_groups")]
+    swaps = [(model.model.config, "_attn_implementation", "attend_in_groups")]
     by_kernel = serve and not torch.is_autocast_enabled(tokens.device.type)
     if by_kernel:
         swaps += [(kind, "forward", layer_by_kernels) for kind in {*map(type, model.model.layers)}]
         swaps += [(kind, "forward", attend_by_kernel) for kind in {
             type(layer.self_attn) for layer in model.model.layers} - {Mixer}]
-    if hasattr(norm, "variance_epsilon") and norm.weight.dtype != torch.float64:   # theirs is fp32
-        swaps.append((type(norm), "forward", norm_by_kernel if by_kernel else fused_rms_norm))
-    if not tokens.is_cuda and (tokens.numel() == 1 or 4 <= tokens.numel() < 16):
+        swaps.append((type(model.model.norm), "forward", norm_by_kernel))
+    if not tokens.is_cuda and tokens.numel() < 16 and torch.get_num_threads() > 1:
         swaps.append((nn.Linear, "forward", linear_of_few))
     before = [getattr(owner, name) for owner, name, _ in swaps]
     try:
