@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +171,7 @@ class Rows:
 
 
 def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
-    """Check the request and lay it out twice: left-aligned to write on, left-padded to read in.
-
-    input_ids: (b,l), or b 1-D tensors or lists -> Rows, padded (b,l), mask (b,l) or None if full
-    """
+    """Check the request. input_ids: (b,l), or b 1-D tensors or lists -> Rows"""
     device, vocab = target.get_input_embeddings().weight.device, target.config.vocab_size
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
     if isinstance(input_ids, torch.Tensor):
@@ -189,17 +185,14 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
             f"vocabulary of {vocab}")
     length = torch.tensor([len(p) for p in prompts])                            # (b,)
-    padded = pad_sequence(prompts, batch_first=True, padding_side="left")       # (b,l)
-    M.check_vocabulary(target, padded)
-    mask = (torch.arange(-padded.shape[1], 0) >= -length[:, None]).long()       # (b,l)
+    tokens = pad_sequence(prompts, batch_first=True)                            # (b,l)
+    M.check_vocabulary(target, tokens)
     # spare columns: the last round may overshoot by K + 1 tokens, and a row that has ended still
     # takes part in calls of K + 1 tokens until all have
-    room = max_new_tokens + 2 * lookahead + 2
-    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, room))          # (b,width+1)
-    rows = Rows(*(v.to(device) for v in (
+    tokens = F.pad(tokens, (0, max_new_tokens + 2 * lookahead + 2))             # (b,width+1)
+    return Rows(*(v.to(device) for v in (
         tokens, length, length + max_new_tokens, torch.zeros_like(length, dtype=torch.bool),
         torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
-    return rows, padded.to(device), None if mask.all() else mask.to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,48 +201,44 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
 
 
 class Decoder:
-    """A model and its cache: its own prefill and decode, or the free functions."""
+    """A model that has read the prompts, and its cache: its own prefill and decode, or ours."""
 
     def __init__(self, model, rows, ring):
-        (b, width), own = rows.tokens.shape, partial(getattr, model)
+        (b, width), longest = rows.tokens.shape, int(rows.length.max())
         self.cache = MixerCache.allocate(model, b, width, ring)
-        self._prefill = own("prefill", partial(M.prefill, model))
-        self._decode = own("decode", partial(M.decode, model))
-        context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
+        context = getattr(model.config, "max_position_embeddings", None)
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
                 f"{longest} tokens is longer than the context of {context}")
-
-    def prefill(self, padded, mask):
-        """(b,l) -> logits (b,V) after the prompt"""
-        self.cache.reset()
-        return self._prefill(padded, self.cache, mask)[:, -1]
+        prefill = getattr(model, "prefill", partial(M.prefill, model))
+        self._decode = getattr(model, "decode", partial(M.decode, model))
+        at = rows.length[:, None] + torch.arange(-longest, 0, device=rows.length.device)    # (b,l)
+        mask = None if (at >= 0).all() else (at >= 0).long()        # shorter rows: left padding
+        logits = prefill(rows.tokens.gather(1, at.clamp(min=0)), self.cache, mask)
+        self.after_prompt = logits[:, -1]                                       # (b,V)
 
     def decode(self, tokens, n_valid=None):
         """(b,T) -> logits (b,T,V), provisional until `self.cache.commit`"""
         return self._decode(tokens, self.cache, n_valid)
 
 
-def capture(function, generator=None):
-    """A function of static tensors as a CUDA graph. -> replay, its result (which stays put)
+def as_graph(step, generator=None):
+    """`step`, a function of static tensors, as a CUDA graph that serves every length. -> replay
 
-    Replaying launches the same kernels on the same addresses, all at once, without Python.
+    Replaying launches the same kernels on the same addresses, all at once, without Python. Two
+    calls on a side stream first compile kernels and fill the allocator. While no row is alive,
+    all of this leaves the rows and caches as they are.
     """
-    graph = torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
     if generator is not None:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        result = function()
-    return graph.replay, result
-
-
-def warm_up(function):
-    """Compile kernels and fill the allocator, on a side stream, as a capture needs it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
+        step()
+    return graph.replay
 
 
 def drive(step, rows, first, on_step=None):
@@ -294,9 +283,10 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
     on_step: called after every step.
     """
     sampling = Sampling(temperature, top_k, top_p, generator)
-    rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
+    rows = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
     cuda, one = rows.tokens.is_cuda, torch.ones_like(rows.length)
     decoder = Decoder(target, rows, ring=16 if cuda else 0)
+    first = sampling.choose(decoder.after_prompt)                               # (b,)
 
     def step():
         """One token more in every live row."""
@@ -306,11 +296,7 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
         rows.count()
         rows.append(sampling.choose(logits)[:, None], one)
 
-    run = step
-    if cuda:                           # one graph serves every length
-        warm_up(step)                  # no row is alive yet: captures leave `rows` as they are
-        run, _ = capture(step, generator)
-    return drive(run, rows, sampling.choose(decoder.prefill(padded, mask)), on_step)
+    return drive(as_graph(step, generator) if cuda else step, rows, first, on_step)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,16 +337,12 @@ class ModelDraft:
             self.subset = vocab_subset.to(head.weight.device)
 
     def start(self, target, rows, lookahead, sampling, ring):
-        """Make room for these rows. Raises ValueError where the vocabularies differ."""
+        """Read the prompts. Raises ValueError where the vocabularies differ."""
         ours, theirs = self.model.config.vocab_size, target.config.vocab_size
         require(ours == theirs, f"the draft's vocabulary of {ours} tokens is not the target's of "
                 f"{theirs}")
         self.rows, self.K, self.sampling, self.vocab = rows, lookahead, sampling, theirs
         self.decoder = Decoder(self.model, rows, ring)
-
-    def prefill(self, padded, mask):
-        """Read the prompts, padded (b,l)."""
-        self.decoder.prefill(padded, mask)
 
     def propose(self):
         """Draft K tokens, one call each. -> Proposal
@@ -409,11 +391,8 @@ class NGramDraft:
         self.n, self.least = n, least
 
     def start(self, target, rows, lookahead, sampling, ring):
-        """Remember the rows."""
-        self.rows, self.K = rows, lookahead
-
-    def prefill(self, padded, mask):
         """Nothing to read: the rows hold the prompts."""
+        self.rows, self.K = rows, lookahead
 
     def propose(self):
         """-> Proposal; on the CPU without columns when no row has a match."""
@@ -540,8 +519,8 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
 
     Rows advance independently.
 
-    target: a hybrid or a plain decoder. draft: the same, or an object with start, prefill,
-    propose and settle (section 4). input_ids: (b,l), or b 1-D tensors of different lengths.
+    target: a hybrid or a plain decoder. draft: the same, or an object with start, propose
+    and settle (section 4). input_ids: (b,l), or b 1-D tensors of different lengths.
     eos_token_id: None, an id or several. ring: most tokens between two commits. simulate: see
     `accept`. on_round: called with (rows, proposal, n_accepted, token) before tokens are emitted.
     Raises ValueError, in one line, for anything that does not fit. -> DecodeResult
@@ -549,13 +528,15 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     require(lookahead >= 1, f"lookahead {lookahead} must be at least 1")
     require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
     sampling = Sampling(temperature, top_k, top_p, generator)
-    rows, padded, mask = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
+    rows = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
     draft = draft if hasattr(draft, "propose") else ModelDraft(draft)
     decoder = Decoder(target, rows, ring)
+    first = sampling.choose(decoder.after_prompt)                               # (b,)
     draft.start(target, rows, lookahead, sampling, ring)
 
-    def check(proposal):
-        """VERIFY a proposal, roll the draft back, emit what stands and the target's own token."""
+    def step():
+        """One round: draft, VERIFY, emit what stands and the target's own token."""
+        proposal = draft.propose()
         n, token = verify(decoder, rows, proposal, sampling, simulate)
         draft.settle(n)
         if on_round is not None:
@@ -564,23 +545,8 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
         rows.count(proposal.real.sum(1), n)
         rows.append(block, n + 1)
 
-    def step():
-        """One round."""
-        check(draft.propose())
-
-    if rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True):
-        warm_up(step)                  # no row is alive yet: captures leave `rows` as they are
-        propose, proposal = capture(draft.propose, generator)
-        judge, _ = capture(lambda: check(proposal), generator)
-
-        def step():
-            """The same round as two graphs, without a look at the device."""
-            propose()
-            judge()
-
-    first = sampling.choose(decoder.prefill(padded, mask))
-    draft.prefill(padded, mask)
-    return drive(step, rows, first)
+    graph = rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True)
+    return drive(as_graph(step, generator) if graph else step, rows, first)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -718,8 +684,7 @@ def clock(calls, cuda):
         for call in calls:
             call()
 
-    calls[0]()
-    once = capture(run)[0] if cuda else run
+    once = as_graph(run) if cuda else run
     return sorted(timeit.repeat(once, timer=timer, number=1, repeat=5))[2]      # waits for a GPU
 
 
@@ -765,8 +730,8 @@ def round_seconds(target, K, prompt, rounds=48):
     prompt (1,l)
     """
     tokens = torch.ones(1, K, dtype=torch.long, device=prompt.device)
-    free = SimpleNamespace(propose=lambda: Proposal(tokens), **dict.fromkeys(
-        ("start", "prefill", "settle"), lambda *args: None))
+    free = NGramDraft()
+    free.propose = lambda: Proposal(tokens)
     made = speculative_decode(target, free, prompt, rounds * (K + 1), K, simulate=1.0)
     return made.seconds / made.rounds
 

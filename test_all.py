@@ -1929,9 +1929,6 @@ class Scripted:
         self.rows, self.K, self.prompts = rows, lookahead, rows.length.tolist()
         self.draw = random.Random(0)
 
-    def prefill(self, padded, mask):
-        pass
-
     def propose(self):
         out = []
         for answer, prompt, length in zip(self.answers, self.prompts, self.rows.length.tolist()):
