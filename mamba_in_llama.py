@@ -168,9 +168,6 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
         state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1], dtype=wide)
-    if x.shape[1] == 1:
-        y, state = recurrence(*(v.to(wide) for v in (x, delta, A, B, C)), state)
-        return y.to(x.dtype), state
     scan, most = (mamba2_scan, 64) if A.shape[-1] == 1 else (mamba_scan, 16)
     return scan(x, delta, A, B, C, state, min(chunk or most, x.shape[1]))
 

@@ -201,20 +201,22 @@ def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
 
 
 class Decoder:
-    """A model that has read the prompts, and its cache: its own prefill and decode, or ours."""
+    """A model and its cache: its own prefill and decode, or the free functions."""
 
     def __init__(self, model, rows, ring):
-        (b, width), longest = rows.tokens.shape, int(rows.length.max())
-        self.cache = MixerCache.allocate(model, b, width, ring)
-        context = getattr(model.config, "max_position_embeddings", None)
+        self.cache = MixerCache.allocate(model, *rows.tokens.shape, ring)
+        self._prefill = getattr(model, "prefill", partial(M.prefill, model))
+        self._decode = getattr(model, "decode", partial(M.decode, model))
+        context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
         require(not (self.cache.has_attention and context and longest > context), "the prompt of "
                 f"{longest} tokens is longer than the context of {context}")
-        prefill = getattr(model, "prefill", partial(M.prefill, model))
-        self._decode = getattr(model, "decode", partial(M.decode, model))
-        at = rows.length[:, None] + torch.arange(-longest, 0, device=rows.length.device)    # (b,l)
-        mask = None if (at >= 0).all() else (at >= 0).long()        # shorter rows: left padding
-        logits = prefill(rows.tokens.gather(1, at.clamp(min=0)), self.cache, mask)
-        self.after_prompt = logits[:, -1]                                       # (b,V)
+
+    def prefill(self, rows):
+        """Read the prompts, shorter ones padded on the left. -> logits (b,V) after them"""
+        longest, device = int(rows.length.max()), rows.length.device
+        at = rows.length[:, None] + torch.arange(-longest, 0, device=device)    # (b,l)
+        mask = None if (at >= 0).all() else (at >= 0).long()
+        return self._prefill(rows.tokens.gather(1, at.clamp(min=0)), self.cache, mask)[:, -1]
 
     def decode(self, tokens, n_valid=None):
         """(b,T) -> logits (b,T,V), provisional until `self.cache.commit`"""
@@ -286,7 +288,7 @@ def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=
     rows = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
     cuda, one = rows.tokens.is_cuda, torch.ones_like(rows.length)
     decoder = Decoder(target, rows, ring=16 if cuda else 0)
-    first = sampling.choose(decoder.after_prompt)                               # (b,)
+    first = sampling.choose(decoder.prefill(rows))                               # (b,)
 
     def step():
         """One token more in every live row."""
@@ -343,6 +345,7 @@ class ModelDraft:
                 f"{theirs}")
         self.rows, self.K, self.sampling, self.vocab = rows, lookahead, sampling, theirs
         self.decoder = Decoder(self.model, rows, ring)
+        self.decoder.prefill(rows)
 
     def propose(self):
         """Draft K tokens, one call each. -> Proposal
@@ -531,7 +534,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     rows = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
     draft = draft if hasattr(draft, "propose") else ModelDraft(draft)
     decoder = Decoder(target, rows, ring)
-    first = sampling.choose(decoder.after_prompt)                               # (b,)
+    first = sampling.choose(decoder.prefill(rows))                               # (b,)
     draft.start(target, rows, lookahead, sampling, ring)
 
     def step():
