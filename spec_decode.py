@@ -38,11 +38,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import has_file
 
 import mamba_in_llama as M
@@ -566,17 +566,6 @@ MADE_OF = {"mamba2": {"norm_weight": ("norm.weight",), **NO_BIASES},
                      "dt_bias": ("dt_proj.bias",), **NO_BIASES}}
 
 
-def checkpoint_tensors(folder):
-    """{name: tensor} of every safetensors or .bin file of a directory, mapped, not read."""
-    tensors = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(path)
-    for path in [] if tensors else sorted(Path(folder).glob("pytorch_model*.bin")):
-        tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    require(tensors, f"{folder} holds neither safetensors nor pytorch_model.bin")
-    return tensors
-
-
 def hollow_hybrid(config, dtype, *layout, **switches):
     """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
 
@@ -630,7 +619,10 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
     model, ours = authors_hybrid(folder, dtype or torch.bfloat16), {}
-    theirs, kind = checkpoint_tensors(folder), model.config.mixer
+    kind, files = model.config.mixer, [*Path(folder).glob("*.safetensors")]
+    files = files or [*Path(folder).glob("pytorch_model*.bin")]
+    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
+    theirs = {name: v for file in files for name, v in load_state_dict(file).items()}   # mapped
     for name, p in model.named_parameters():
         layer, _, inside = name.partition(".self_attn.")
         parts = [name]                              # as in the teacher, also where attention stays
@@ -999,8 +991,8 @@ def first_difference(target, prompt, plain, fast):
         return None
     n = min(len(plain), len(fast))
     i = int((plain[:n] != fast[:n]).int().argmax())
-    hidden = M.hidden_states(target, torch.cat([prompt, plain[:i]])[None])[0, -1]       # (D,)
-    a, b = target.get_output_embeddings()(hidden)[torch.stack([plain[i], fast[i]])].tolist()
+    logits = target(torch.cat([prompt, plain[:i]])[None], logits_to_keep=1).logits[0, 0]
+    a, b = logits[torch.stack([plain[i], fast[i]])].tolist()
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
 
 
