@@ -1568,13 +1568,6 @@ class Mixer(nn.Module):
                           torch.zeros(b, slots, self.G, self.N, **like),
                           torch.zeros(b, slots, self.d_convolved, **like))
 
-    def conv_input(self, proj):
-        """What goes through the convolution: Mamba x with heads repeated, Mamba2 x, B, C."""
-        if not self.per_channel:
-            return proj[..., self.rows["x"].start: self.rows["C"].stop]
-        x = proj[..., self.rows["x"]].unflatten(-1, (-1, self.N))
-        return to_heads(x, self.H, self.runs).flatten(-2)
-
     def convolve(self, raw, cache):
         """The causal depthwise convolution; with a cache its window reaches back into that.
 
@@ -1602,19 +1595,21 @@ class Mixer(nn.Module):
             out = bias + sum(past[:, w: w + l] * weight[:, w] for w in range(W))
         return (F.silu(out) if act else out).to(raw.dtype)
 
-    def heads_of(self, proj, convolved, position_embeddings, cache=None):
-        """Cut projections into heads, with RoPE and attention's scale.
+    def inputs(self, proj, position_embeddings, cache=None):
+        """x, B and C of the scan: convolved, cut into heads, with RoPE and attention's scale.
 
-        proj (b,l,rows)  convolved (b,l,c) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
+        proj (b,l,rows) -> x (b,l,Gx,P)  B (b,l,G,N)  C (b,l,H,N)
         """
-        shape, g = (*proj.shape[:2], -1), self.d_xb // self.head_dim
-        if self.per_channel:
-            x, BC = convolved, proj[..., self.rows["B"].start: self.rows["C"].stop]
+        parts, shape = (self.d_xb, self.d_xb + self.d_inner), (*proj.shape[:2], -1)
+        xBC = proj[..., self.rows["x"].start: self.rows["C"].stop]
+        if self.per_channel:                        # Mamba convolves x alone, heads repeated
+            x, BC = xBC.split(parts, -1)
+            x = to_heads(x.unflatten(-1, (-1, self.N)), self.H, self.runs).flatten(-2)
+            x = self.convolve(x, cache)
         else:
-            x, BC = convolved[..., :self.d_xb], convolved[..., self.d_xb:]
-        BC, scale = BC.view(*shape, self.head_dim), 1.0
-        if self.config.scale_c:
-            scale = self.head_dim ** -0.5
+            x, BC = self.convolve(xBC, cache).split(parts, -1)
+        BC, g = BC.view(*shape, self.head_dim), self.d_xb // self.head_dim
+        scale = self.head_dim ** -0.5 if self.config.scale_c else 1.0
         if self.config.rope and cache and cache.behind and use_triton(None, proj):
             BC, scale = rope_by_kernel(BC, *position_embeddings, g, scale), 1.0
         elif self.config.rope:
@@ -1635,8 +1630,7 @@ class Mixer(nn.Module):
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
         if token_mask is not None:                  # padding: nothing enters the convolution
             proj = proj * token_mask[..., None]
-        convolved = self.convolve(self.conv_input(proj), cache)
-        x, B, C = self.heads_of(proj, convolved, position_embeddings, cache)
+        x, B, C = self.inputs(proj, position_embeddings, cache)
         dt, heads = proj[..., self.rows["dt"]], (*proj.shape[:2], H, -1)
         dt = (self.dt_proj(dt) if self.per_channel else dt).view(heads)
         z = None if config.gate == "none" else proj[..., self.rows["z"]].view(heads)
