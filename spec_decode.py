@@ -159,7 +159,7 @@ class Rows:
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
         away = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
         at = (self.length[:, None] + t).masked_fill(t >= n[:, None], away)          # (b,T)
-        self.tokens.scatter_(1, at.clamp(max=away), block)
+        self.tokens.scatter_(1, at, block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
 
@@ -358,7 +358,7 @@ class ModelDraft:
         width = 2 if cache.counts.is_cuda else int(self.missing.max())
         first = rows.length - self.missing                                      # (b,)
         at = first[:, None] + torch.arange(width, device=first.device)          # (b,width)
-        logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing if width > 1 else None)
+        logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing)   # (b,width,V)
         logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
         chosen = [self.choose(logits)]
         while len(chosen) < self.K:
@@ -675,7 +675,6 @@ BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85
 def clock(calls, cuda):
     """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
     def run():
-        """Each call once, in a row."""
         for call in calls:
             call()
 
@@ -969,10 +968,10 @@ def encode(text, tokenizer, raw=False):
     return torch.tensor(ids)
 
 
-def run(target, draft, args, ends, prompt, **more):
+def run(target, draft, args, prompt, **more):
     """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
     settings = {k: vars(args)[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    settings |= dict(eos_token_id=ends,
+    settings |= dict(eos_token_id=args.ends,
                      generator=torch.Generator(prompt.device).manual_seed(args.seed))
     if draft is None:
         return generate(target, prompt, **settings)
@@ -996,14 +995,14 @@ def first_difference(target, prompt, plain, fast):
     return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
 
 
-def compare(target, drafts, prompts, args, ends=None, **others):
+def compare(target, drafts, prompts, args, **others):
     """Each prompt (l,) plainly, then with each of {name: draft}; one table of sums. -> rows
 
     Speeds are without the prompts. Where answers part, the prompt, the token and the gap of its
     logits are printed: in bf16, products of other shapes round differently.
     others: more ways to decode, {name: function of a prompt -> DecodeResult}
     """
-    ways = {name: partial(run, target, draft, args, ends)
+    ways = {name: partial(run, target, draft, args)
             for name, draft in ({"none": None} | drafts).items()} | others
     # all ways in turn at each prompt: what else the machine does slows them alike
     results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
@@ -1030,7 +1029,7 @@ def compare(target, drafts, prompts, args, ends=None, **others):
     return table
 
 
-def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
+def show_rounds(target, drafts, prompt, tokenizer, args):
     """Decode a prompt (l,) with each draft: rounds as in Figure 2, answer and table. -> rows
 
     Of 16 rounds: what stands, what falls, what the target says instead; in colour on a terminal,
@@ -1051,9 +1050,9 @@ def show_rounds(target, drafts, prompt, tokenizer, args, ends=None):
 
     for name, draft in drafts.items():
         print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-        made = run(target, draft, args, ends, prompt, on_round=show)
+        made = run(target, draft, args, prompt, on_round=show)
     print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
-    return compare(target, drafts, [prompt], args, ends)
+    return compare(target, drafts, [prompt], args)
 
 
 def answer(args, device):
@@ -1061,12 +1060,12 @@ def answer(args, device):
     target, tokenizer = load(args.target, device)
     draft = read_draft(args.draft, target, device, args.draft_words)
     # a base model's files name one end token, a chat model's answers often end with another
-    ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
-    ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    args.ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
+    args.ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if tokenizer.chat_template and not args.raw:
-        ends.append(M.Chat(tokenizer).end)
+        args.ends.append(M.Chat(tokenizer).end)
     prompt = encode(args.prompt, tokenizer, args.raw).to(device)
-    return show_rounds(target, {args.draft: draft}, prompt, tokenizer, args, ends)
+    return show_rounds(target, {args.draft: draft}, prompt, tokenizer, args)
 
 
 def tiny(args, device):
@@ -1108,9 +1107,10 @@ def make_draft(args, device):
     draft = load(options.out, device)[0]
     print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
           f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
-    prompts = [row[:int((labels != -100).int().argmax())].to(device)
-               for row, labels in zip(*(v[:32] for v in data.heldout))]
-    rows = compare(target, {args.make_draft: before, "fine-tuned": draft}, prompts, args, chat.end)
+    prompts = [torch.tensor(prompt, device=device)
+               for prompt in M.prompts_of(*(v[:32] for v in data.heldout))]
+    args.ends = chat.end
+    rows = compare(target, {args.make_draft: before, "fine-tuned": draft}, prompts, args)
     return rows + [{"step": step, "loss": loss} for step, loss in history]
 
 
@@ -1154,7 +1154,7 @@ def parse_args(argv):
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
-    args.mode = (modes or [answer])[0]
+    args.mode, args.ends = (modes or [answer])[0], None     # answers end where a mode says so
     return args
 
 
