@@ -50,7 +50,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, chain, takewhile
@@ -2280,25 +2280,19 @@ AttentionInterface.register("causal", AttentionInterface()["sdpa"])
 def fast(models, modules, length, long):
     """For training on whole rows of `length`: attention without a mask and, in a stage that is
     `long` enough to repay it and on one GPU, `modules` compiled (a third of a step on an H200)."""
-    cuda = models[0].device.type == "cuda"
-    modules = list(modules) if long and cuda and world()[1] == 1 else []
-    configs = [m.model.config for m in models]
-    before = [c._attn_implementation for c in configs]
-    for c in configs:
-        window = getattr(c, "sliding_window", None) or length
-        if c._attn_implementation == "sdpa" and window >= length:
-            c._attn_implementation = "causal"
-    for module in modules:
-        # alignment and the stages, with and without gradients, make up to 9 kinds of one layer
-        torch._dynamo.config.recompile_limit = 16
-        module.compile(dynamic=False)
-    try:
+    with ExitStack() as undo:
+        for config in (m.model.config for m in models):
+            window = getattr(config, "sliding_window", None) or length
+            if config._attn_implementation == "sdpa" and window >= length:
+                config._attn_implementation = "causal"
+                undo.callback(setattr, config, "_attn_implementation", "sdpa")
+        if long and models[0].device.type == "cuda" and world()[1] == 1:
+            # alignment and the stages, with and without gradients, make up to 9 kinds of one layer
+            torch._dynamo.config.recompile_limit = 16
+            for module in modules:
+                module.compile(dynamic=False)
+                undo.callback(setattr, module, "_compiled_call_impl", None)
         yield
-    finally:
-        for module in modules:
-            module._compiled_call_impl = None
-        for c, name in zip(configs, before):
-            c._attn_implementation = name
 
 
 LOOK_EVERY = {"cuda": 10}               # steps; elsewhere every step, since looking costs nothing
