@@ -2266,9 +2266,8 @@ def epoch_order(n, seed, epoch):
 
 def batch_rows(n, batch_size, step, seed=0):
     """The rows of one step: shuffled epochs. -> (batch_size,) indices into 0..n-1"""
-    first, last = step * batch_size // n, ((step + 1) * batch_size - 1) // n    # epochs it touches
-    order = torch.cat([epoch_order(n, seed, epoch) for epoch in range(first, last + 1)])
-    return order[step * batch_size - first * n:][:batch_size]
+    places = range(step * batch_size, (step + 1) * batch_size)      # from the first epoch's first
+    return torch.stack([epoch_order(n, seed, place // n)[place % n] for place in places])
 
 
 # transformers' own "sdpa" under a name for which it builds no mask: where all rows are whole,
