@@ -2482,31 +2482,27 @@ JSONL_ROWS = {"prompts": ["prompt"], "sft": ["prompt", "response"],        # sft
               "preferences": ["prompt", "chosen", "rejected"]}
 
 
-def read_row(line, kind):
-    """A line of JSONL -> prompt (text, or messages), answers; some exception if it is malformed.
+def read_jsonl(path, kind):
+    """Rows of a JSONL file of `kind` (see JSONL_ROWS); ValueError names the file and the line.
 
     Nothing may be empty, and of messages the last one is the answer.
+
+    -> [(prompt (text, or messages), answers, one or more)]
     """
-    row = json.loads(line)
-    if kind == "sft" and "messages" in row:
-        texts = [turn[key] for turn in row["messages"] for key in ("role", "content")]
-        *prompt, last = row["messages"]
-        found = prompt, last["content"]
-    else:
-        found = texts = [row[key] for key in JSONL_ROWS[kind]]
-    require(all(found) and all(isinstance(text, str) for text in texts), "a field is no text")
-    return found
-
-
-def read_jsonl(path, kind):
-    """Rows of a JSONL file of `kind` (see JSONL_ROWS); ValueError names the file and the line."""
     require(os.path.isfile(path), f"{path}: no such file")
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows.append(read_row(line, kind))
-            except (ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if kind == "sft" and "messages" in row:
+                    texts = [turn[key] for turn in row["messages"] for key in ("role", "content")]
+                    rows.append((row["messages"][:-1], texts[-1]))
+                else:
+                    texts = [row[key] for key in JSONL_ROWS[kind]]
+                    rows.append(texts)
+                require(all(rows[-1]) and all(isinstance(text, str) for text in texts), "no text")
+            except (ValueError, LookupError, TypeError):
                 wanted = ", ".join(JSONL_ROWS[kind]) + " (or messages)" * (kind == "sft")
                 raise ValueError(f"{path}:{number}: {line.strip()[:60]!r} is no row of {kind}, "
                                  f"JSON with {wanted}") from None
