@@ -2116,14 +2116,10 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
         batches = [(batch, part, before_logits(teacher, batch)) for batch, part in
                    zip(tokens.split(batch_size), labels.split(batch_size))]
 
-    def place(kept):
-        """Attention in the layers `kept`, mixers in the others."""
+    def kl(kept):
+        """Nats per labelled token of the student with attention in the layers `kept`."""
         for i, layer in enumerate(student.model.layers):
             layer.self_attn = (attention if i in kept else mixers)[i]
-
-    def kl(kept):
-        """Nats per labelled token of the student that keeps attention there."""
-        place(kept)
         with autocast(student):
             sums = [chunked_token_losses(part, before_logits(student, batch), wanted)[1].double()
                     .sum() for batch, part, wanted in batches]
@@ -2135,7 +2131,8 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
         scores = {i: before - kl([*keep, i]) for i in progress_bar(rest, "layers")}
         first = first or [*scores.values()]
         keep += sorted(scores, key=scores.get)[-math.ceil((n - len(keep)) / left):]
-    place([])
+    for layer, mixer in zip(student.model.layers, mixers):
+        layer.self_attn = mixer
     return sorted(keep), first
 
 
