@@ -1739,8 +1739,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             cache.columns += input_ids.shape[1]
             logits = self.decode(input_ids, cache)[:, -logits_to_keep:]     # (b,T,vocab)
             cache.commit(cache.counts[2].clone())
-        loss = None if labels is None else F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     prefill = prefill
