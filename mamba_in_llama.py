@@ -1745,13 +1745,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     prefill = prefill
     decode = decode
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """Called by generate() before each step: only the columns the cache has not seen."""
-        cache = kwargs.get(CACHE)
-        seen = cache.columns if cache is not None else 0
-        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask,
-                "logits_to_keep": 1, CACHE: cache}
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode,
                                       batch_size, max_cache_length, *args):
         """Called by generate(): a MixerCache of the right size instead of transformers' own."""
