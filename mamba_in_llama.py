@@ -2314,12 +2314,10 @@ def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
     progress, (rank, N) = progress or Progress(), world()
     if N > 1:
         student.reshard()                           # evaluation leaves the root's tensors whole
-    # for what is frozen no gradient is computed, nor memory taken
-    parts = student.mixers().values() if only_mixers else [student]
-    parameters = [p for part in parts for p in part.parameters()]
-    student.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
+    student.requires_grad_(False)                   # what is frozen takes no gradients, no memory
+    for part in student.mixers().values() if only_mixers else [student]:
+        part.requires_grad_(True)
+    parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     history, spent, losses = [], 0.0, []
     if progress.state.get("stage") == name:
@@ -2547,6 +2545,12 @@ class Chat:
         return pad(tokens, padding_value=self.end), pad(labels, padding_value=-100)     # (n,l)
 
 
+def save(model, chat, folder):
+    """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
+    model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+
+
 def sample(model, prompts, n_new, end, batch_size=64, temperature=0.9, top_k=50, seed=0,
            name="sampling"):
     """The model's own continuations of `prompts` (lists of ids), up to and with `end` (or None).
@@ -2643,7 +2647,7 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
 
 
 def tiny_data(args):
-    """The tiny teacher and everything it needs, in half a minute.
+    """The tiny teacher, saved, and everything it needs, in half a minute.
 
     Every tenth paragraph is held out: its question for the teacher to answer, its rest as what
     people wrote.
@@ -2655,6 +2659,7 @@ def tiny_data(args):
     pairs = [chat.pair(*p) for p in pairs]
     human, seen = pairs[::10], [p for i, p in enumerate(pairs) if i % 10]
     teacher = tiny_teacher(len(tokenizer), torch.tensor([t for p, a in seen for t in p + a]))
+    save(teacher, chat, os.path.join(args.out, "teacher"))
     prompts, asked = 2 * [p for p, _ in seen], [p for p, _ in human]
     # a teacher this small writes readable answers only at a low temperature
     answers = sample(teacher, prompts, 96, chat.end, 512, 0.6, name="answers")
@@ -2973,12 +2978,6 @@ def story(original, data, args, progress, mixer):
     return student, rows
 
 
-def save(model, chat, folder):
-    """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
-    model.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
-
-
 def show_and_save(student, teacher, chat, data, folder, device):
     """Greedy answers side by side, the saved directory, and the proof that it reloads; by rank 0.
 
@@ -3027,11 +3026,7 @@ def main(argv=None):
     start, device, args = time.monotonic(), start_processes(), parse_args(argv)
     progress = Progress(None if args.tiny else args.out, args.save_every, args.resume)
     torch.manual_seed(args.seed)
-    if args.tiny:
-        teacher, chat, data = tiny_data(args)
-        save(teacher, chat, os.path.join(args.out, "teacher"))
-    else:
-        teacher, chat, data = prepare(args, device)
+    teacher, chat, data = tiny_data(args) if args.tiny else prepare(args, device)
     data.heldout, data.human = (part and tuple(v[:args.eval_rows] for v in part)
                                 for part in (data.heldout, data.human))
     if data.pairs is None:
