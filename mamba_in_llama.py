@@ -2504,19 +2504,14 @@ class Chat:
         """ValueError for a tokenizer without a chat template."""
         require(tokenizer.chat_template, "the tokenizer has no chat template")
         self.tokenizer, mark = tokenizer, "@@@"
+        # conversations as text; text as ids, nothing added: the template wrote the special ones
+        self.render = partial(tokenizer.apply_chat_template, tokenize=False)
+        self.ids = partial(tokenizer.encode, add_special_tokens=False)
         turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
         user, asked = self.render(turns[:1]), self.render(turns[:1], add_generation_prompt=True)
         self.user_start = self.ids(user.split(mark)[0])         # all before a first user message
         self.answer_start = self.ids(asked[len(user):])         # the header of an answer
         self.end = self.ids(self.render(turns).split(mark)[2])[0]       # ends an answer
-
-    def render(self, messages, **kwargs):
-        """A conversation as text."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-    def ids(self, text):
-        """Text as token ids, nothing added: the template has written the special ones."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def pair(self, prompt, answer=""):
         """A prompt (text, or messages) and its answer -> prompt ids, answer ids with the end."""
@@ -2535,10 +2530,8 @@ class Chat:
         return labels
 
     def pack(self, pairs, length):
-        """(prompt ids, answer ids) -> tokens, labels (n,l): padded on the right, cut at `length`.
-
-        Right padding is never attended to by what counts and carries no label.
-        """
+        """(prompt ids, answer ids) -> tokens, labels (n,l): cut at `length`, padded on the right,
+        which is never attended to by what counts and carries no label."""
         pairs, pad = list(pairs), partial(nn.utils.rnn.pad_sequence, batch_first=True)
         tokens = [torch.tensor((p + a)[:length]) for p, a in pairs]
         labels = [torch.tensor(([-100] * len(p) + a)[:length]) for p, a in pairs]
