@@ -101,10 +101,8 @@ def require(condition, message):
 
 
 class HybridConfig(PreTrainedConfig):
-    """The teacher's configuration (as extra fields) and what the conversion changed.
-
-    Every difference between the recipes is one of these fields.
-    """
+    """The teacher's configuration (as extra fields) and what the conversion changed: all that
+    recipes differ in."""
 
     model_type = "mamba_in_llama"
     keys_to_ignore_at_inference = [CACHE]
@@ -1847,9 +1845,8 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     """Eq. 2: alpha * CE on the pseudo-labels + beta * KL[p_T || p_S], mean over labelled tokens.
 
     The readable form; training never holds all logits (`chunked_token_losses`). labels as
-    transformers has them (shifted inside, -100 ignored); 0 if there are none. The authors' code
-    sums the KL over all positions, padding too; here both are per labelled token. The defaults are
-    the paper's; the command line's are what worked better (README: 1.191 against 1.225).
+    transformers has them (shifted inside, -100 ignored); 0 if there are none. The defaults are the
+    paper's; the command line's are what worked better (README).
 
     logits (b,l,V)  labels (b,l) -> loss (), {"ce", "kl", "tokens"}
     """
@@ -1872,10 +1869,8 @@ def equation_2(ce, kl, labels, alpha, beta):
 
 
 def send(tensor, device):
-    """`tensor` on `device`, without waiting.
-
-    A copy from ordinary memory to a GPU first waits for all that the GPU has been told to do.
-    """
+    """`tensor` on `device`, without waiting: a copy from ordinary memory to a GPU first waits for
+    all that the GPU has been told to do."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -2098,8 +2093,7 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5, batch_size=32):
 
     student: aligned mixers in every layer. Layer i's score is how much the KL to the teacher falls
     when attention i replaces mixer i (arXiv 2512.20569), given the layers restored in earlier
-    rounds. SmolLM2, 15 of 30 layers, KL after 150 steps of alignment: 0.158 in five rounds, 0.183
-    in one, 0.292 evenly spaced (README).
+    rounds. README: KL 0.158 in five rounds, 0.183 in one, 0.292 evenly spaced.
 
     tokens, labels (m,l) -> the layers in order, the first round's scores in nats per token
     """
@@ -2572,9 +2566,8 @@ def prompts_of(tokens, labels):
 
 
 def preference_pairs(chat, tokens, labels, length):
-    """Pairs for stage 3 without a file: a row's first answer against the next row's.
-
-    So the rejected answer is well written but about the wrong topic.
+    """Pairs for stage 3 without a file: a row's first answer against the next row's, which is as
+    well written but about another topic.
 
     tokens, labels (n,l) -> chosen (tokens, labels), rejected (tokens, labels)
     """
@@ -2585,12 +2578,10 @@ def preference_pairs(chat, tokens, labels, length):
 
 
 def tiny_world():
-    """A tokenizer and question/answer pairs from text that ships with Python.
+    """A tokenizer and [(question, answer)] from `pydoc_data.topics`, Python's own help pages.
 
-    The text is `pydoc_data.topics` (Python's own help pages). A question is the beginning of a
-    paragraph, the answer its rest: honest continuation data, not conversation.
-
-    -> tokenizer, [(question, answer)]
+    A question is the beginning of a paragraph, the answer its rest: honest continuation data, not
+    conversation.
     """
     from pydoc_data.topics import topics
 
@@ -2609,11 +2600,9 @@ def tiny_world():
 
 
 def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, width=128):
-    """A Llama of 4 layers, width 128, trained for half a minute; Muon on its matrices.
+    """A Llama trained for half a minute on tokens (n,), one long text cut at random.
 
-    Plain AdamW stays far behind in equal time. tokens (n,): one long text, cut at random
-
-    -> LlamaForCausalLM
+    Muon moves its matrices: plain AdamW stays far behind in equal time.
     """
     teacher = AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
@@ -2640,12 +2629,10 @@ def tiny_teacher(vocab_size, tokens, steps=240, length=128, lr=0.02, layers=4, w
 
 
 def tiny_data(args):
-    """The tiny teacher, saved, and everything it needs, in half a minute.
+    """The tiny teacher, which is saved, its Chat and its Data.
 
     Every tenth paragraph is held out: its question for the teacher to answer, its rest as what
     people wrote.
-
-    -> teacher, Chat, Data
     """
     tokenizer, pairs = tiny_world()
     chat = Chat(tokenizer)
@@ -2846,11 +2833,9 @@ def start_processes():
 
 
 def prepare(args, device):
-    """The real teacher, its chat, and its data: made by rank 0, once, kept in --out.
+    """The real teacher, its Chat and its Data, which rank 0 makes once and keeps in --out.
 
     ValueError in one line where there is no such teacher, or one that cannot be converted.
-
-    -> teacher, Chat, Data
     """
     name, cached = args.teacher, os.path.join(args.out, "data.pt")
     try:
@@ -2891,12 +2876,9 @@ def plan(args):
 
 
 def train_stage(stage, budget, student, teacher, data, args, progress):
-    """One stage, with its share of the run's tokens or minutes.
+    """One stage, with its share of the run's tokens or minutes. -> list of (step, loss)
 
-    Stage 2 is fine-tuning: people's answers where there are any, else the pseudo-labels again, with
-    everything trainable. Stage 3 is DPO.
-
-    -> list of (step, loss)
+    Stage 2 takes people's answers where there are any, else the pseudo-labels again.
     """
     batch = max(1, args.batch // 2) if stage == "stage 3" else args.batch     # pairs: two rows each
     seconds = args.minutes and 60 * args.minutes * budget
@@ -3012,10 +2994,7 @@ def print_tables(tables, times):
 
 
 def main(argv=None):
-    """Run the command line: data, then a story for each mixer, then one table of all.
-
-    -> the report that --json writes
-    """
+    """Run the command line. -> the report that --json writes"""
     start, device, args = time.monotonic(), start_processes(), parse_args(argv)
     progress = Progress(None if args.tiny else args.out, args.save_every, args.resume)
     torch.manual_seed(args.seed)
