@@ -2028,8 +2028,7 @@ def preference_losses(student, teacher, chosen, rejected, beta=0.1):
 
 def autocast(model):
     """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
-    cuda = model.device.type == "cuda"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=cuda)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
 @torch.no_grad()
@@ -2933,7 +2932,6 @@ def story(original, data, args, progress, mixer):
                 print("KL that attention regains, by layer:", *(f"{s:.3f}" for s in scores))
             print(stays % keep, flush=True)
             student = convert(keep, student and whole_state(student))
-            saved["keep"] = keep
         else:
             history = train_stage(stage, budget, student, teacher, data, args, progress)
         row = {"stage": title, "seconds": time.monotonic() - start, "steps": len(history),
@@ -2946,7 +2944,7 @@ def story(original, data, args, progress, mixer):
         print(f"  {title:<16} ratio {row['ratio']:8.3f}   KL {row['kl']:6.3f} nats   agreement "
               f"{row['agreement']:6.1%}   {row['seconds']:6.1f} s", flush=True)
         rows.append(row)
-        progress.write(student, stage=None)         # this step is done, on disk
+        progress.write(student, stage=None, keep=student.config.attn_layers)    # done, on disk
     if args.shares[3]:
         print("  DPO reward accuracy on held-out pairs: {:.0%} before, {:.0%} after".format(
             *(row["reward_accuracy"] for row in rows[-2:])))
