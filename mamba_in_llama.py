@@ -2144,9 +2144,8 @@ def shard(model):
     """
     if world()[1] > 1:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        layers = model.model.layers
-        mixers = [layer.self_attn for layer in layers if isinstance(layer.self_attn, Mixer)]
-        for unit in (*mixers, *layers, model):      # from the inside out
+        mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+        for unit in (*mixers, *model.model.layers, model):      # from the inside out
             fully_shard(unit)
         model.trunk = lambda **inputs: model.model(**inputs)    # what `hidden_states` calls
         register_fsdp_forward_method(model, "trunk")
