@@ -2175,9 +2175,10 @@ def test_layer_subset_saves_and_shares(tmp_path):
         draft.save_pretrained(tmp_path / type(model).__name__)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / type(model).__name__)
         tokens = torch.randint(VS, (2, 9))
-        with torch.no_grad():
-            assert torch.equal(again(tokens).logits, draft(tokens).logits)
-            assert again.config.num_hidden_layers == 2
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), draft.parameters()))
+        with torch.no_grad():                       # weights that lie elsewhere may round otherwise
+            close(again(tokens).logits, draft(tokens).logits, 1e-6)
+        assert again.config.num_hidden_layers == 2
 
 
 def test_vocab_subset():
