@@ -2292,7 +2292,7 @@ def look(name, losses, history):
 
 
 def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
-          only_mixers=False, modules=(), seconds=None, progress=None):
+          only_mixers=False, modules=(), seconds=None, progress=None, seed=0):
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1.
 
     loss_of_rows(this process's rows, all rows) of a batch, indices into tokens (n,l) -> loss (),
@@ -2326,7 +2326,7 @@ def train(name, student, teacher, loss_of_rows, tokens, steps, batch_size, lr,
             ramp = min(1.0, (done + 1 / steps) / 0.1)
             optimizer.param_groups[0]["lr"] = lr * ramp * 0.5 * (1 + math.cos(math.pi * done))
             with autocast(student):
-                rows = batch_rows(len(tokens), batch_size, step)                        # (b,)
+                rows = batch_rows(len(tokens), batch_size, step, seed)                  # (b,)
                 loss = loss_of_rows(rows[rank::N], rows)
             student.zero_grad()                     # to None: memory for gradients only now
             loss.backward()
@@ -2640,8 +2640,8 @@ def tiny_data(args):
     save(teacher, chat, os.path.join(args.out, "teacher"))
     prompts, asked = 2 * [p for p, _ in seen], [p for p, _ in human]
     # a teacher this small writes readable answers only at a low temperature
-    answers = sample(teacher, prompts, 96, chat.end, 512, 0.6, name="answers")
-    heldout = sample(teacher, asked, 96, chat.end, 512, 0.6, seed=1, name="held-out")
+    answers = sample(teacher, prompts, 96, chat.end, 512, 0.6, seed=args.seed, name="answers")
+    heldout = sample(teacher, asked, 96, chat.end, 512, 0.6, seed=args.seed + 1, name="held-out")
     return teacher, chat, Data(
         train=chat.pack(zip(prompts, answers), args.length), human=chat.pack(human, args.length),
         heldout=chat.pack(zip(asked, heldout), args.length), questions=asked[:2])
@@ -2673,12 +2673,13 @@ def real_data(teacher, chat, args):
         tokens = read_tokens(args.tokens_file)[:, :args.length]                         # (n,l)
     elif args.prompts:
         prompts = [chat.pair(*row)[0] for row in read_jsonl(args.prompts, "prompts")]
-        answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch)
+        answers = sample(teacher, prompts, args.length - 1, chat.end, args.sample_batch,
+                         seed=args.seed)
         tokens, labels = chat.pack(zip(prompts, answers), args.length)
     else:                                                   # no end stops these rows: (n,l), full
         start, n_new = chat.user_start, args.length - len(chat.user_start)
         tokens = torch.tensor([start + row for row in sample(
-            teacher, [start] * args.rows, n_new, None, args.sample_batch)])
+            teacher, [start] * args.rows, n_new, None, args.sample_batch, seed=args.seed)])
     check_vocabulary(teacher, tokens)
     labels = chat.label(tokens) if labels is None else labels
     last = len(tokens) - min(256, max(1, len(tokens) // 8))
@@ -2882,7 +2883,7 @@ def train_stage(stage, budget, student, teacher, data, args, progress):
     seconds = args.minutes and 60 * args.minutes * budget
     steps = max(1, round(args.tokens * budget / batch / data.train[0].shape[1]))
     options = dict(steps=10 ** 9 if seconds else steps, seconds=seconds, batch_size=batch,
-                   lr=args.lr * args.rates[STAGES.index(stage)], progress=progress)
+                   lr=args.lr * args.rates[STAGES.index(stage)], progress=progress, seed=args.seed)
     if stage == "alignment":
         return align_mixers(student, teacher, data.train[0], **options)
     if stage == "stage 3":
@@ -2923,7 +2924,8 @@ def story(original, data, args, progress, mixer):
             keep = attention_layers(share, L)
             if keep and (args.tiny or args.choose_layers):
                 scout = student or convert([])      # six steps are enough to tell layers apart
-                align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr)
+                align_mixers(scout, teacher, data.train[0], 6 if args.tiny else 0, lr=args.lr,
+                             seed=args.seed)
                 # on a CPU each of about 100 evaluations of SmolLM2 takes 2 s
                 few = args.eval_rows if cuda else min(6, args.eval_rows)
                 keep, scores = choose_layers(scout, teacher, len(keep),

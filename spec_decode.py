@@ -1102,7 +1102,8 @@ def make_draft(args, device):
     # bf16 would round away most of AdamW's steps
     draft, data = copy.deepcopy(before).float(), M.real_data(target, chat, options)
     history = M.distil("draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
-                       alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10))
+                       alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10),
+                       seed=options.seed)
     M.save(draft, chat, options.out)
     draft = load(options.out, device)[0]
     print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "

@@ -1148,6 +1148,22 @@ def test_batch_rows_covers_each_row_once_an_epoch():
     assert not torch.equal(M.batch_rows(100, 50, 5, seed=0), M.batch_rows(100, 50, 5, seed=1))
 
 
+def test_seed_reaches_the_order_of_rows_and_the_pseudo_labels(monkeypatch, tmp_path):
+    """--seed: what a stage trains on, and what the teacher writes."""
+    monkeypatch.chdir(tmp_path)                     # --tiny replaces ./tiny_run
+    seeds = []
+    monkeypatch.setattr(M, "batch_rows", lambda *args: seeds.append(args[-1]) or torch.arange(2))
+    monkeypatch.setattr(M, "sample", lambda *args, seed, **options: seeds.append(seed) or 1 / 0)
+    args = M.parse_args(["--tiny", "--seed", "7"])
+    args.batch, args.prompts, data = 2, None, M.Data((draw(4, 8), draw(4, 8)), ())
+    for stage in M.STAGES[:3]:
+        M.train_stage(stage, 1e-4, make_student([1], layers=2), make_teacher(layers=2), data, args,
+                      M.Progress())
+    with pytest.raises(ZeroDivisionError):
+        M.real_data(None, SimpleNamespace(user_start=[1]), args)
+    assert set(seeds) == {7} and len(seeds) >= 4    # three stages and the labels
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_stage_one_moves_mixers_only(mixer):
     teacher = make_teacher(layers=3, dtype=torch.float32)
