@@ -16,7 +16,8 @@ Glossary, with the paper's letters:
     b, l, T      batch, length, tokens of one decoding call
     D, V         model width (inside a mixer D is the skip weight), vocabulary
     x, B, C      what is written, where it is written, where it is read: attention's V, K, Q
-    dt, Delta    the step before and after softplus(dt + dt_bias);  z the gate;  u = Delta x
+    dt, Delta    the step before and after softplus(dt + dt_bias);  z the gate
+    u            in the scan Delta x; elsewhere what a layer, or the convolution, takes in
     H, G         heads of a mixer; groups of heads that share B (Gx: that share x)
     N, P         state size per head; value channels per head (both head_dim unless said otherwise)
     p', n'       1, 1 for "mamba2" (one Delta, one A per head); P, N for "mamba" (per channel)
@@ -30,7 +31,7 @@ Glossary, with the paper's letters:
 First reading: sections 2, 5, 6, 7, 9. Sections 3 and 4, kernels and cache, serve decoding; read
 them with spec_decode.py.
 
-Contents:  1 configuration   2 the scan   3 multi-step decoding   4 the cache   5 the mixer
+Contents:  1 configuration   2 the scan   3 multi-step decoding   4 cache, decoding   5 the mixer
            6 the hybrid model, Algorithm 1   7 losses (Eq. 2, Eq. 4)   8 evaluation   9 training
            10 data   11 command line
 Not here: drafts, Algorithm 2, timing, the authors' checkpoints (spec_decode.py); ablations
@@ -807,7 +808,7 @@ def tile_sizes(mamba2, b, H, P, N, T, ring):
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
     5 tokens at batch 64 of 32 heads of 128 x 128 take 76 us with 64 x 64 tiles and two warps, 84 us
     with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. At batch 1 four warps share
-    the products of many tokens: 5.6 us for 5 where two take 5.8; for one, 4.6 where two take 4.4.
+    the products of many tokens: 5.6 us for 5 where two take 5.8; for one token two are faster.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
@@ -899,7 +900,8 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.con
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The cache: a checkpoint state and a ring of inputs per mixer, static K/V per attention.
+# 4. The cache: a checkpoint state and a ring of inputs per mixer, static K/V per attention; and
+# `prefill` and `decode`, which fill it, with the kernels of a decoding step.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1420,7 +1422,7 @@ def kernels_serve(model):
 
 @contextmanager
 def few_tokens(model, tokens, serve):
-    """Within: decoding by faster forms of some of transformers' functions, undone at the end.
+    """Within: decoding by faster forms of attention, layers, norms, nn.Linear; undone at the end.
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
@@ -1669,7 +1671,8 @@ class Mixer(nn.Module):
 
 def single_step(x, delta, A, B, C, state):
     """`recurrence` for one token, in place, in few operations: each costs 4 us once the weights of
-    a layer have swept the caches. With the window in order of time: 2 of 34 ms of SmolLM2's hybrid.
+    a layer have swept the caches. This and the convolution's window in order of time (`convolve`)
+    save 2 of the 34 ms that a token of SmolLM2's hybrid took on a CPU.
 
     Shapes: `recurrence`, with l = 1
     """
@@ -1749,7 +1752,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             copies = max(generation_config.num_beams or 1,
                          generation_config.num_return_sequences or 1)
-            ring = 1 if self.lm_head.weight.is_cuda else 0      # see spec_decode.generate
+            ring = 1 if self.lm_head.weight.is_cuda else 0      # 0: as in spec_decode.generate
             model_kwargs[CACHE] = MixerCache.allocate(
                 self, batch_size * copies, max_cache_length + 1, ring)
 
@@ -2260,7 +2263,8 @@ AttentionInterface.register("causal", AttentionInterface()["sdpa"])
 @contextmanager
 def fast(models, modules, length, long):
     """For training on whole rows of `length`: attention without a mask and, in a stage that is
-    `long` enough to repay it and on one GPU, `modules` compiled (a third of a step on an H200)."""
+    `long` enough to repay it and on one GPU, `modules` compiled: on an H200 a third of a step
+    less."""
     with ExitStack() as undo:
         for config in (m.model.config for m in models):
             window = getattr(config, "sliding_window", None) or length
