@@ -963,6 +963,8 @@ class MixerCache:
         max_length: tokens a row can hold in its attention layers (default: the context).
         ring: most tokens between two commits; the rings hold 2 ring + d_conv - 1 slots. 0: every
         call brings one token, which stands at once; the state is never behind (plain decoding).
+        Some weights are read here, so allocate after training; on GPUs those of q, k and v are
+        copied, into one matrix per layer (1.6 GB for all 32 of an 8B Llama).
         """
         require(batch_size >= 1, f"batch_size {batch_size} must be at least 1")
         require(ring >= 0, f"ring {ring} must be at least 0")
@@ -988,9 +990,9 @@ class MixerCache:
                     cache.weights[i] = mixer.weights()
                 elif cache.kernels_serve:
                     parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-                    cache.weights[i] = (torch.cat([part.weight for part in parts]),
-                                        None if parts[0].bias is None else
-                                        torch.cat([part.bias for part in parts]))
+                    cache.weights[i] = [torch.cat(tensors) for tensors in zip(*(
+                        (part.weight, part.weight.new_zeros(part.out_features)
+                         if part.bias is None else part.bias) for part in parts))]
         return cache
 
     @property
@@ -1182,19 +1184,24 @@ def attend_in_groups(module, q, k, v, mask, scaling, **kwargs):
 AttentionInterface.register("attend_in_groups", attend_in_groups)
 
 
+SMALL = 100_000     # weights; a product with fewer takes less than 30 us as it is
+
+
 def linear_of_few(linear, x):
     """A linear layer for a few rows on several CPU cores: a batch of products of 32 outputs each.
 
     A product with 1 to 3 rows keeps one core busy, MKL's with 4 to 15 streams the weights slowly:
-    of SmolLM2, one token took 62 ms, 41 this way, five 78 and 61 (2 cores of an EPYC). Products
-    that take less than 30 us are faster as they are. x (...,k) -> (...,n)
+    of SmolLM2, one token took 62 ms, 41 this way, five 78 and 61 (2 cores of an EPYC, fp32). In
+    bf16 this form is slower. x (...,k) -> (...,n)
     """
-    (n, k), W, bias = linear.weight.shape, linear.weight, linear.bias
-    if n * k < 100_000:
+    W, bias = linear.weight, linear.bias                                        # (n,k)
+    if W.numel() < SMALL or W.dtype != torch.float32:
         return F.linear(x, W, bias)
-    block = math.gcd(n, 32)
-    blocks = x.reshape(-1, k).expand(n // block, -1, -1) @ W.view(-1, block, k).mT     # (.,M,block)
-    y = blocks.transpose(0, 1).contiguous().view(*x.shape[:-1], n)
+    n = len(W) // 32 * 32
+    blocks = x.reshape(-1, W.shape[1]) @ W[:n].unflatten(0, (-1, 32)).mT        # (n/32,rows,32)
+    y = blocks.transpose(0, 1).reshape(*x.shape[:-1], n)
+    if n < len(W):
+        y = torch.cat([y, F.linear(x, W[n:])], -1)
     return y if bias is None else y + bias
 
 
@@ -1410,14 +1417,22 @@ def layer_by_kernels(layer, hidden_states, **kwargs):
     return x
 
 
+# modules whose forward `layer_by_kernels` and `attend_by_kernel` do not call
+BYPASSED = ("q_proj", "k_proj", "v_proj", "mlp", "down_proj", "post_attention_layernorm")
+
+
 def kernels_serve(model):
-    """Are all layers of a kind that `layer_by_kernels` stands for? (Llama, Mistral, Qwen2)"""
+    """Do the kernels compute what the layers do: Llama's, Mistral's or Qwen2's, as transformers
+    made them, without adapters and hooks that would be passed by?"""
     config, layers = model.model.config, model.model.layers
     return (use_triton(None, model.get_input_embeddings().weight)
             and {type(layer).__name__ for layer in layers} <= {*HybridForCausalLM._no_split_modules}
-            and all(type(part) is nn.Linear for name, part in layers.named_modules()
-                    if name.endswith("_proj"))                          # no adapters
-            and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False))
+            and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+            and not any("forward" in vars(part)
+                        or name.endswith("_proj") and type(part) is not nn.Linear
+                        or name.endswith(BYPASSED) and {**part._forward_hooks,
+                                                        **part._forward_pre_hooks}
+                        for name, part in layers.named_modules()))
 
 
 @contextmanager
@@ -1720,8 +1735,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 if isinstance(layer.self_attn, Mixer)}
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, cache=None,
-                use_cache=None, labels=None, logits_to_keep=0, **kwargs):
-        """Logits, and with labels (b,l; shifted inside, -100 ignored) the mean cross-entropy.
+                use_cache=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
+        """Logits, and with labels (b,l; shifted inside, -100 ignored) the mean cross-entropy, or
+        its sum over `num_items_in_batch`.
 
         With a cache, an empty one takes the prompt and one that holds a prompt takes the next
         tokens, committed at once: this is what `generate()` does.
@@ -1740,7 +1756,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             cache.columns += input_ids.shape[1]
             logits = self.decode(input_ids, cache)[:, -logits_to_keep:]     # (b,T,vocab)
             cache.commit(cache.counts[2].clone())
-        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
+        loss = None if labels is None else self.loss_function(
+            logits, labels, logits.shape[-1], num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     prefill = prefill

@@ -1079,10 +1079,11 @@ def tiny(args, device):
     text = "The standard exception classes that a program can"
     # beginnings of one sentence, four times each, as they are sampled: 128 answers to train on
     starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
-    answers = torch.tensor(M.sample(target, starts, 96, None))                  # (128,96)
+    answers = torch.tensor(M.sample(target, starts, 96, None, seed=args.seed))      # (128,96)
     layers = LayerSubsetDraft(target, [0, 3])
     shrunk = copy.deepcopy(layers)
-    M.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1, beta=1.0)
+    M.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1, beta=1.0,
+             seed=args.seed)
     drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": layers,
               "ngram:3": NGramDraft(3), "the teacher": teacher, "the Mamba hybrid": mamba}
     prompt = encode(args.prompt or text, tokenizer, args.raw).to(device)
