@@ -2813,7 +2813,7 @@ def parse_args(argv):
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
         require(N == 1, "--tiny runs in one process, without torchrun")
-        args.out, args.tokens, args.length, args.lr = "tiny_run", 300_000, 128, 1e-2
+        args.out, args.tokens, args.length, args.lr = "tiny_run", 160_000, 128, 1e-2
         args.rates = [1, 0.25, 0.1, 0.01]           # a teacher this young is not harmed by them
         shutil.rmtree(args.out, ignore_errors=True)
         return args
