@@ -906,7 +906,7 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.con
 
 
 # Mamba replays a token at the price of an exponential per state entry, so more than 8 are folded:
-# 38 us against 42 for 5 tokens of 4096 channels at batch 64 (H100); Mamba2 fills its ring
+# 37 us against 41 for 5 tokens of 4096 channels at batch 64 (H100); Mamba2 fills its ring
 MAMBA_FOLD_AT = 8
 
 
