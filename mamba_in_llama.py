@@ -54,6 +54,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import accumulate, chain, takewhile
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1005,12 +1006,6 @@ class MixerCache:
         """(b,) committed tokens per row."""
         return self.counts[1]
 
-    def reset(self):
-        """Empty every row; the tensors stay where they are (a captured graph keeps working)."""
-        for tensor in (self.counts, *chain(*self.layers)):
-            tensor.zero_()
-        self.columns = self.open = 0
-
     def commit(self, n_accepted):
         """Keep the first n_accepted (b,) tokens decoded since the last commit, drop the rest.
 
@@ -1191,7 +1186,7 @@ def linear_of_few(linear, x):
     """A linear layer for a few rows on several CPU cores: a batch of products of 32 outputs each.
 
     A product with 1 to 3 rows keeps one core busy, MKL's with 4 to 15 streams the weights slowly:
-    of SmolLM2, one token took 62 ms, 41 this way, five 78 and 61 (2 cores of an EPYC, fp32). In
+    of SmolLM2, one token took 66 ms, 45 this way, five 93 and 64 (2 cores of an EPYC, fp32). In
     bf16 this form is slower. x (...,k) -> (...,n)
     """
     W, bias = linear.weight, linear.bias                                        # (n,k)
@@ -2805,10 +2800,21 @@ def make_parser(doc, flags):
     return parser
 
 
+def check_outputs(**files):
+    """ValueError now, not after an hour, where a flag's file (None: not given) has no directory, or
+    the picture of --plot no matplotlib, which is optional."""
+    for flag, path in files.items():
+        folder = os.path.dirname(path or "") or "."
+        require(os.path.isdir(folder), f"--{flag}: there is no directory {folder}")
+    require(not files.get("plot") or find_spec("matplotlib"), "--plot needs matplotlib: pip "
+            "install matplotlib")
+
+
 def parse_args(argv):
     """The flags as a namespace; ValueError for values that make no sense."""
     args, N = make_parser(__doc__, FLAGS).parse_args(argv), world()[1]
     require(args.tiny or args.teacher and args.out, "give --tiny, or --teacher and --out")
+    check_outputs(json=args.json)
     require(not (args.stepwise and args.choose_layers), "--stepwise or --choose-layers, not both")
     if args.tiny:
         require(not args.resume, "--tiny starts afresh; --resume goes with --teacher")
@@ -2823,8 +2829,6 @@ def parse_args(argv):
     for kind in JSONL_ROWS:
         if getattr(args, kind):
             read_jsonl(getattr(args, kind), kind)   # complain now, not after an hour
-    folder = os.path.dirname(args.json or "") or "."
-    require(os.path.isdir(folder), f"--json: there is no directory {folder}")
     require(not os.path.isfile(args.out), f"--out {args.out} is a file")
     os.makedirs(args.out, exist_ok=True)
     require(args.resume or not os.listdir(args.out),

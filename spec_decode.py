@@ -676,6 +676,7 @@ BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85
 def clock(calls, cuda):
     """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
     def run():
+        """Each call once, in a row."""
         for call in calls:
             call()
 
@@ -1157,6 +1158,7 @@ def parse_args(argv):
     require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
     require(args.plot is None or args.bench or args.bench_kernel,
             "--plot goes with --bench or --bench-kernel")
+    M.check_outputs(json=args.json, plot=args.plot)
     args.mode, args.ends = (modes or [answer])[0], None     # answers end where a mode says so
     return args
 

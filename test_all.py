@@ -846,7 +846,7 @@ def test_linear_of_few(biased):
 
 
 @torch.no_grad()
-def test_cache_reset_and_reorder():
+def test_cache_reorders_its_rows():
     student = make_student([1], "mamba2", layers=2)
     cache, rows = follow_schedule(student, 0, ring=4)
     cache.reorder_cache(torch.tensor([2, 2, 0]))
@@ -855,8 +855,6 @@ def test_cache_reset_and_reorder():
     logits = student.decode(new, cache)
     for r in range(3):
         close(logits[r], next_logits(student, rows[r] + new[r].tolist(), 2))
-    cache.reset()
-    close(student.prefill(new, cache, logits_to_keep=0), student(new).logits)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -2542,7 +2540,9 @@ WRONG = [("", "--target and --prompt"), ("--tiny --bench", "give one of"),
          ("--bench --sizes 9b", "9b"), ("--bench --simulate-acceptance 1.5", "1.5"),
          ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "is not empty"),
          ("--make-draft ngram:3 --target tiny_run/teacher --out x", "want layers:I,J"),
-         ("--tiny --rows 3", "unknown: --rows 3"), ("--needle --lengths 8", "at least 64")]
+         ("--tiny --rows 3", "unknown: --rows 3"), ("--needle --lengths 8", "at least 64"),
+         ("--bench --json nowhere/x.json", "--json: there is no directory nowhere"),
+         ("--bench --plot nowhere/x.png", "--plot: there is no directory nowhere")]
 
 
 @pytest.mark.parametrize("text, message", WRONG, ids=[t for t, _ in WRONG])
@@ -2553,6 +2553,24 @@ def test_command_errors(home, text, message, monkeypatch, capsys):
         M.cli(lambda: S.main(shlex.split(text)))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("error: ") and message in line
+
+
+def test_outputs_are_checked_before_the_toy_story(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_run").mkdir()
+    with pytest.raises(ValueError, match="no directory nowhere"):
+        M.parse_args(["--tiny", "--json", "nowhere/f.json"])
+    assert (tmp_path / "tiny_run").exists(), "nothing is replaced yet"
+    with pytest.raises(ValueError, match="--curves nowhere.json: no file"):
+        parse_args(["--curves", "nowhere.json", "--plot", str(tmp_path)])
+
+
+@pytest.mark.parametrize("run, text", [
+    (S.parse_args, "--bench --plot x.png"), (lambda argv: parse_args(argv), "--curves x --plot x")])
+def test_pictures_want_matplotlib_before_the_work(run, text, monkeypatch):
+    monkeypatch.setattr(M, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        run(text.split())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3286,6 +3304,8 @@ def parse_args(argv):
                      "--target; the tests: python -m pytest test_all.py")
     if args.plot and not args.curves and (not args.ablate or args.only):
         parser.error("--plot goes with --ablate and needs all of its tables, or with --curves")
+    M.check_outputs(json=args.json, plot=args.plot and os.curdir)       # --plot's DIR is made
+    M.require(not args.curves or os.path.isfile(args.curves), f"--curves {args.curves}: no file")
     return args
 
 
@@ -3307,4 +3327,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    M.cli(main)
