@@ -2566,7 +2566,7 @@ def test_outputs_are_checked_before_the_toy_story(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("run, text", [
-    (S.parse_args, "--bench --plot x.png"), (lambda argv: parse_args(argv), "--curves x --plot x")])
+    (S.parse_args, "--bench --plot x.png"), (lambda argv: parse_args(argv), "--ablate --plot x")])
 def test_pictures_want_matplotlib_before_the_work(run, text, monkeypatch):
     monkeypatch.setattr(M, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
@@ -3304,8 +3304,8 @@ def parse_args(argv):
                      "--target; the tests: python -m pytest test_all.py")
     if args.plot and not args.curves and (not args.ablate or args.only):
         parser.error("--plot goes with --ablate and needs all of its tables, or with --curves")
-    M.check_outputs(json=args.json, plot=args.plot and os.curdir)       # --plot's DIR is made
     M.require(not args.curves or os.path.isfile(args.curves), f"--curves {args.curves}: no file")
+    M.check_outputs(json=args.json, plot=args.plot and os.curdir)       # --plot's DIR is made
     return args
 
 
