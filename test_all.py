@@ -376,6 +376,14 @@ def projection(b, T, s, gate, dtype):
     return x, dt, B, C, z if gate else None
 
 
+def empty_buffers(s, b, slots, dtype, wide):
+    """The state and the rings of x, dt and B, as `multi_step` takes them."""
+    return (torch.zeros(b, s["H"], s["P"], s["N"], dtype=wide),
+            torch.zeros(b, slots, s["GX"], s["P"], dtype=dtype),
+            torch.zeros(b, slots, s["H"], s["p"], dtype=wide),
+            torch.zeros(b, slots, s["GB"], s["N"], dtype=dtype))
+
+
 @kernels()
 def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True, skip=True,
              max_T=None, fixed=None, s=None, fold_at=None):
@@ -384,11 +392,7 @@ def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True
     torch.manual_seed(seed)
     rng, wide = random.Random(seed), torch.promote_types(dtype, torch.float32)
     A, bias, D = weights(s, skip, wide)
-    slots = 2 * ring + rng.randrange(3)
-    state = torch.zeros(b, s["H"], s["P"], s["N"], dtype=wide)
-    ring_x = torch.zeros(b, slots, s["GX"], s["P"], dtype=dtype)
-    ring_dt = torch.zeros(b, slots, s["H"], s["p"], dtype=wide)
-    ring_B = torch.zeros(b, slots, s["GB"], s["N"], dtype=dtype)
+    state, *rings = empty_buffers(s, b, 2 * ring + rng.randrange(3), dtype, wide)
     counts = torch.zeros(3, b, dtype=torch.int32)
     h = [torch.zeros(s["H"], s["P"], s["N"], dtype=torch.float64) for _ in range(b)]
     pending = [[] for _ in range(b)]                # provisional tokens of each row
@@ -399,8 +403,7 @@ def schedule(mixer, dtype, impl, seed, ring=16, b=3, calls=12, runs=1, gate=True
         base, length, waiting = counts
         flush = length - base + waiting + T > fold_at
         new = projection(b, T, s, gate, dtype)
-        y = M.multi_step(*new[:4], A, bias, D, new[4], state, ring_x, ring_dt, ring_B, counts,
-                         fold_at, runs, impl)
+        y = M.multi_step(*new[:4], A, bias, D, new[4], state, *rings, counts, fold_at, runs, impl)
         assert y.dtype == dtype and y.isfinite().all()
         for r in range(b):
             taken = T if n_valid is None else int(n_valid[r])
