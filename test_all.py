@@ -1144,6 +1144,29 @@ def test_choose_layers_finds_what_the_mixers_broke():
     assert scores[2] == pytest.approx(kl[0] - kl[1], abs=1e-9)
 
 
+@torch.no_grad()
+def test_choose_layers_takes_the_earlier_rounds_into_account():
+    """In three rounds: the greedy choice among whole hybrids; scores of one round pick others."""
+    teacher, tokens = make_teacher(layers=6), draw(6, 12)
+    student = M.convert_to_hybrid(teacher, [])
+    mixers = student.mixers()
+    for mixer, scale in zip(mixers.values(), (0.01, 0.32, 0.86, 0.08, 1.41, 0.18)):
+        mixer.out_proj.weight *= scale
+
+    def kl(kept):
+        """What `evaluate` says of the hybrid that keeps these layers and has these mixers."""
+        hybrid = M.convert_to_hybrid(teacher, kept)
+        for i, mixer in hybrid.mixers().items():
+            mixer.load_state_dict(mixers[i].state_dict())
+        return M.evaluate(hybrid, teacher, tokens)["kl"]
+
+    greedy = []
+    for _ in range(3):
+        greedy.append(min(set(range(6)) - {*greedy}, key=lambda i: kl([*greedy, i])))
+    choices = [M.choose_layers(student, teacher, 3, tokens, tokens, rounds)[0] for rounds in (3, 1)]
+    assert choices[0] == sorted(greedy) != choices[1]
+
+
 def test_greedy_agreement():
     teacher, prompts = make_teacher(layers=2, dtype=torch.float32), draw(5, 6).tolist()
     prompts[0] = prompts[0][:3]                     # rows of different lengths
