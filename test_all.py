@@ -2806,7 +2806,7 @@ def compare_teacher(teacher, target, n_new):
 # ---------------------------------------------------------------------------------------------
 
 
-def time_scan(mixer, form, length, device, repeats):
+def time_scan(mixer, form, length, device, repeats=5):
     """Best seconds of forward + backward at (1,length), 9 heads of 64 x 64, and peak bytes."""
     torch.manual_seed(0)
     p, n = (1, 1) if mixer == "mamba2" else (64, 64)
@@ -2839,8 +2839,7 @@ def bench(length=2048):
         slow = None
         for form in ("recurrence", "chunked_scan"):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, peak = pool.apply(time_scan, (
-                    mixer, form, length, DEVICE, 1 if form == "recurrence" else 5))
+                seconds, peak = pool.apply(time_scan, (mixer, form, length, DEVICE))
             slow = slow or seconds
             rows.append({"mixer": mixer, "form": form, "seconds": seconds, "peak_bytes": peak,
                          "speed_up": slow / seconds})
