@@ -968,8 +968,7 @@ class MixerCache:
         self.visible = max_length      # columns of K, V that a call's attention reads
         self.plan = None               # which tokens the call in progress goes through, on a CPU
         self.rows = torch.arange(counts.shape[1], device=counts.device)[:, None]       # (b,1)
-        self.positions = None          # (b,T) where attention writes in the call in progress
-        self.n_valid = None            # (b,) int32 real tokens per row of that call
+        self.positions = None          # (b,T) of the call in progress, max_length: thrown away
 
     @classmethod
     def allocate(cls, student, batch_size, max_length=None, ring=16):
@@ -1105,9 +1104,8 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
                 "prefill takes padding on the left only, and no empty rows")
     positions = mask.long().cumsum(-1) - 1
     cache.positions = positions.masked_fill(mask == 0, cache.max_length)   # padding: away
-    cache.n_valid = mask.sum(-1, dtype=torch.int32)
     hidden = hidden_states(model, tokens, attention_mask, **{CACHE: cache})
-    cache.counts[:2] = cache.n_valid
+    cache.counts[:2] = mask.sum(-1)
     cache.columns = l
     return model.get_output_embeddings()(hidden[:, -logits_to_keep:])
 
@@ -1127,7 +1125,6 @@ def decode(model, tokens, cache, n_valid=None):
     require(cache.ring or n_valid is None, "n_valid wants a cache with a ring")
     steps = torch.arange(T, device=tokens.device)
     positions = (length + pending).long()[:, None] + steps                     # (b,T)
-    cache.n_valid = None if n_valid is None else n_valid.to(torch.int32)
     cache.positions = positions.clamp(max=cache.max_length)
     if n_valid is not None:                                     # the rest is thrown away
         cache.positions.masked_fill_(steps >= n_valid[:, None], cache.max_length)
@@ -1153,7 +1150,7 @@ def decode(model, tokens, cache, n_valid=None):
         return logits
     flush = positions[:, 0] - base + T > cache.fold_at                         # as multi_step did
     cache.counts[0] = torch.where(flush, length, base)
-    cache.counts[2] += T if n_valid is None else cache.n_valid
+    cache.counts[2] += T if n_valid is None else n_valid
     cache.open += T
     return logits
 
@@ -1608,7 +1605,7 @@ class Mixer(nn.Module):
             if cache.ring == 0:             # the ring is the window, in order of time
                 ring_u.copy_(past[:, l:])
             else:
-                slots = cache.n_valid[:, None] + torch.arange(1 - W, 0, device=raw.device)
+                slots = cache.positions[:, -1:] + torch.arange(2 - W, 1, device=raw.device)
                 ring_u[cache.rows, slots % ring_u.shape[1]] = past[:, l:]
         if l == 1:  # past is the window
             out = (past * weight.T).sum(1, keepdim=True) + bias
