@@ -956,12 +956,12 @@ class MixerCache:
     is_compileable = False             # transformers: do not compile generate() around this,
     is_linear = (False,)               # and count columns by get_seq_length (asked since 5.24)
 
-    def __init__(self, layers, counts, ring, max_length):
+    def __init__(self, layers, counts, ring, max_length, weights=(), kernels_serve=False):
         self.layers, self.counts, self.ring, self.max_length = layers, counts, ring, max_length
+        self.weights = weights         # A, dt_bias, D by mixer layer; W, bias of q, k, v together
+        self.kernels_serve = kernels_serve      # do kernels stand for whole layers in `decode`?
         mamba = any(isinstance(v, MixerState) and v.ring_dt.shape[-1] > 1 for v in layers)
         self.fold_at = min(ring, MAMBA_FOLD_AT) if mamba else ring      # `ring` of multi_step
-        self.kernels_serve = False     # do kernels stand for whole layers in `decode`?
-        self.weights = {}              # A, dt_bias, D by mixer layer; W, bias of q, k, v together
         self.has_attention = any(isinstance(layer, AttentionState) for layer in layers)
         self.columns = 0               # columns of input_ids read, padding included; 0: empty
         self.open = 0                  # the host's copy of the largest pending count
@@ -971,6 +971,7 @@ class MixerCache:
         self.positions = None          # (b,T) of the call in progress, max_length: thrown away
 
     @classmethod
+    @torch.no_grad()
     def allocate(cls, student, batch_size, max_length=None, ring=16):
         """An empty cache for `batch_size` rows of any decoder, hybrid or plain.
 
@@ -985,29 +986,23 @@ class MixerCache:
         weight = student.get_input_embeddings().weight
         like = dict(device=weight.device, dtype=weight.dtype)
         max_length = max_length or student.config.max_position_embeddings
-        layers = []
-        for mixer in (layer.self_attn for layer in student.model.layers):
+        layers, weights, serve = [], {}, kernels_serve(student)
+        for i, mixer in enumerate(layer.self_attn for layer in student.model.layers):
             if isinstance(mixer, Mixer):
-                slots = 2 * ring + mixer.d_conv - 1
-                layers.append(mixer.allocate(batch_size, slots, like))
-            else:
-                heads = mixer.k_proj.out_features // mixer.head_dim
-                # GPU products over a width that is no multiple of 8 take twice the time
-                shape = (batch_size, heads, max_length // 8 * 8 + 8, mixer.head_dim)
-                layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
+                layers.append(mixer.allocate(batch_size, 2 * ring + mixer.d_conv - 1, like))
+                weights[i] = mixer.weights()
+                continue
+            heads = mixer.k_proj.out_features // mixer.head_dim
+            # GPU products over a width that is no multiple of 8 take twice the time
+            shape = (batch_size, heads, max_length // 8 * 8 + 8, mixer.head_dim)
+            layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
+            if serve:
+                weights[i] = [torch.cat(tensors) for tensors in zip(*(
+                    (part.weight, part.weight.new_zeros(part.out_features)
+                     if part.bias is None else part.bias)
+                    for part in (mixer.q_proj, mixer.k_proj, mixer.v_proj)))]
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
-        cache = cls(layers, counts, ring, max_length)
-        cache.kernels_serve = kernels_serve(student)
-        with torch.no_grad():
-            for i, mixer in enumerate(layer.self_attn for layer in student.model.layers):
-                if isinstance(mixer, Mixer):
-                    cache.weights[i] = mixer.weights()
-                elif cache.kernels_serve:
-                    parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-                    cache.weights[i] = [torch.cat(tensors) for tensors in zip(*(
-                        (part.weight, part.weight.new_zeros(part.out_features)
-                         if part.bias is None else part.bias) for part in parts))]
-        return cache
+        return cls(layers, counts, ring, max_length, weights, serve)
 
     @property
     def behind(self):
