@@ -873,10 +873,9 @@ def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
         assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
         out, u = u.new_empty(b, T, c), u.reshape(b * T, c)              # a view also of columns
         BC = 64 if b * c < 2 ** 17 else 256
-        with torch.cuda.device_of(u):
-            conv_kernel[triton.cdiv(c, BC), b](
-                u, weight, bias, ring_u, out, counts, u.stride(0), T, slots, c, W, act,
-                triton.next_power_of_2(T), BC, num_warps=2)
+        conv_kernel[triton.cdiv(c, BC), b](
+            u, weight, bias, ring_u, out, counts, u.stride(0), T, slots, c, W, act,
+            triton.next_power_of_2(T), BC, num_warps=2)
         return out
     _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
     ring_u[row, slot[:, -T:]] = u
@@ -1135,7 +1134,7 @@ def decode(model, tokens, cache, n_valid=None):
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     by_kernel = cache.kernels_serve and not torch.is_autocast_enabled(tokens.device.type)
     mask = None if by_kernel else decode_masks(model, positions, cache)
-    with few_tokens(model, tokens, by_kernel):
+    with torch.cuda.device_of(tokens), few_tokens(model, tokens, by_kernel):    # Triton wants it
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
             hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
                                  **{CACHE: cache})
@@ -1334,13 +1333,12 @@ def attention_step(qkv, cos, sin, kept, cache, scale, window=None):
     if splits > 1:
         weight = qkv.new_empty(splits, b, T, H, dtype=torch.float32)
         parts = qkv.new_empty(splits, b, T, H, d, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        attention_kernel[splits * triton.cdiv(queries, BM), G, b](
-            qkv, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
-            weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
-            d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
-        if splits > 1:
-            merge_kernel[b * T * H,](parts, weight, out, d, splits, D, num_warps=1)
+    attention_kernel[splits * triton.cdiv(queries, BM), G, b](
+        qkv, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
+        weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
+        d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
+    if splits > 1:
+        merge_kernel[b * T * H,](parts, weight, out, d, splits, D, num_warps=1)
     return out
 
 
@@ -1368,9 +1366,8 @@ def rope_kernel(v, cos, sin, out, v_row, g, scale, heads, d: tl.constexpr, D: tl
 def rope_by_kernel(v, cos, sin, g, scale):
     """RoPE of B and C, and C's scale, in one launch instead of five. v (b,T,heads,d) -> the same"""
     (b, T, heads, d), out = v.shape, v.new_empty(v.shape)
-    with torch.cuda.device_of(v):
-        rope_kernel[b * T, heads](v, cos, sin, out, v.flatten(0, 1).stride(0), g, scale, heads, d,
-                                  triton.next_power_of_2(d), num_warps=1)
+    rope_kernel[b * T, heads](v, cos, sin, out, v.flatten(0, 1).stride(0), g, scale, heads, d,
+                              triton.next_power_of_2(d), num_warps=1)
     return out
 
 
@@ -1392,9 +1389,8 @@ def norm_by_kernel(norm, x, y=None, total=None):
     """Stands for the forward of an RMSNorm, in one launch: of 4096 values 2.5 us (H100), where
     F.rms_norm takes 6.2. With y, the norm of x + y, a sum that `total` receives. x (b,T,D)"""
     D, out = x.shape[-1], torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        norm_kernel[x.numel() // D,](x, y, norm.weight, norm.variance_epsilon, total, out, D,
-                                     triton.next_power_of_2(D), num_warps=8)
+    norm_kernel[x.numel() // D,](x, y, norm.weight, norm.variance_epsilon, total, out, D,
+                                 triton.next_power_of_2(D), num_warps=8)
     return out
 
 
@@ -1413,8 +1409,7 @@ def layer_by_kernels(layer, hidden_states, **kwargs):
     x, mlp = torch.empty_like(y), layer.mlp                             # (b,T,D)
     u = norm_by_kernel(layer.post_attention_layernorm, hidden_states, y, x)
     gate, up = mlp.gate_proj(u), mlp.up_proj(u)                         # (b,T,F)
-    with torch.cuda.device_of(up):
-        silu_times_kernel[triton.cdiv(up.numel(), 1024),](gate, up, up, up.numel(), 1024)
+    silu_times_kernel[triton.cdiv(up.numel(), 1024),](gate, up, up, up.numel(), 1024)
     x.flatten(0, 1).addmm_(up.flatten(0, 1), mlp.down_proj.weight.T)
     return x
 
