@@ -1133,7 +1133,7 @@ def decode(model, tokens, cache, n_valid=None):
                                  mixer.ring_u.shape[1], model.config.d_conv)
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     by_kernel = cache.kernels_serve and not torch.is_autocast_enabled(tokens.device.type)
-    mask = None if by_kernel else decode_masks(model, positions, cache)
+    mask = None if by_kernel or not cache.has_attention else decode_masks(model, positions, cache)
     with torch.cuda.device_of(tokens), few_tokens(model, tokens, by_kernel):    # Triton wants it
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
             hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
@@ -1155,8 +1155,6 @@ def decode_masks(model, positions, cache):
     positions (b,T) -> (b,1,T,columns) added to scores: 0 or -inf; a dict of them by layer type
     for models that mix full and sliding attention
     """
-    if not cache.has_attention:
-        return None
     config, t = model.model.config, positions[:, None, :, None]
     keys = torch.arange(cache.visible, device=t.device)
     window = getattr(config, "sliding_window", None)
