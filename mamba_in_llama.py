@@ -925,10 +925,7 @@ MAMBA_FOLD_AT = 8
 
 
 class MixerState(NamedTuple):
-    """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks.
-
-    Position s lives in slot s % slots of the rings.
-    """
+    """What one recurrent layer keeps: a state that lags behind, and the inputs it still lacks."""
 
     state: torch.Tensor                # (b,H,P,N) at least fp32, the checkpoint h_i
     ring_x: torch.Tensor               # (b,slots,Gx,P) values
