@@ -1409,20 +1409,18 @@ def layer_by_kernels(layer, hidden_states, **kwargs):
     return x
 
 
-# modules whose forward `layer_by_kernels` and `attend_by_kernel` do not call
-BYPASSED = ("q_proj", "k_proj", "v_proj", "mlp", "down_proj", "post_attention_layernorm")
-
-
 def kernels_serve(model):
     """Do the kernels compute what the layers do: Llama's, Mistral's or Qwen2's, as transformers
     made them, without adapters and hooks that would be passed by?"""
     config, layers = model.model.config, model.model.layers
+    # modules whose forward `layer_by_kernels` and `attend_by_kernel` do not call
+    bypassed = ("q_proj", "k_proj", "v_proj", "mlp", "down_proj", "post_attention_layernorm")
     return (use_triton(None, model.get_input_embeddings().weight)
             and {type(layer).__name__ for layer in layers} <= {*HybridForCausalLM._no_split_modules}
             and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
             and not any("forward" in vars(part)
                         or name.endswith("_proj") and type(part) is not nn.Linear
-                        or name.endswith(BYPASSED) and {**part._forward_hooks,
+                        or name.endswith(bypassed) and {**part._forward_hooks,
                                                         **part._forward_pre_hooks}
                         for name, part in layers.named_modules()))
 
