@@ -1131,7 +1131,7 @@ def decode(model, tokens, cache, n_valid=None):
     cache.columns = max(cache.columns, 1)                                      # no longer empty
     by_kernel = cache.kernels_serve and not torch.is_autocast_enabled(tokens.device.type)
     mask = None if by_kernel or not cache.has_attention else decode_masks(model, positions, cache)
-    with torch.cuda.device_of(tokens), few_tokens(model, tokens, by_kernel):    # Triton wants it
+    with torch.cuda.device_of(tokens), few_tokens(model, tokens, by_kernel):    # for Triton
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
             hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
                                  **{CACHE: cache})
