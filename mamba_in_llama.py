@@ -1431,7 +1431,7 @@ def few_tokens(model, tokens, by_kernel):
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. by_kernel: swap whole layers (`kernels_serve`)
+    meanwhile. by_kernel: swap whole layers too (`kernels_serve`).
     """
     swaps = [(model.model.config, "_attn_implementation", "attend_in_groups")]
     if by_kernel:
