@@ -73,6 +73,7 @@ from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import cuda_capability_geq
 except ImportError:                       # no Triton on this platform: the PyTorch forms serve
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=bool)
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -468,6 +469,14 @@ def use_triton(impl, state):
     return runs and hasattr(triton, "compile") and state.dtype != torch.float64
 
 
+def launch(kernel, batch, grid, *args, **options):
+    """kernel[grid](*args), a kernel of decoding `batch` rows, all of which call `wait_previous`."""
+    if (batch <= 256 and args[0].is_cuda and torch.version.hip is None
+            and torch.cuda.get_device_capability(args[0].device) >= (9, 0)):
+        options["launch_pdl"] = True        # 4096 rows of SmolLM2 were 1.5 % slower with it
+    kernel[grid](*args, **options)
+
+
 def to_heads(v, H, runs):
     """Give each head its group's slice: v (b,l,G,n) -> (b,l,H,n).
 
@@ -558,6 +567,39 @@ def multi_step(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, co
 
 
 @triton.jit
+def wait_previous():
+    """Wait for the end of the kernels before this one; read what they write only after it.
+
+    Programmatic dependent launch, on Hopper and later: a kernel comes to the GPU while the one
+    before it still runs. At batch 1 that saves a microsecond or two of each launch.
+    """
+    if not INTERPRET and cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next():
+    """Let the kernel after this one come, as far as its own `wait_previous`."""
+    if not INTERPRET and cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(v, COLUMNS: tl.constexpr):
+    """Ask for COLUMNS numbers from pointer v on, or from each of v (n,1): they come to the L2, and
+    nothing waits for them.
+
+    Also before `wait_previous`: what other kernels still write, the L2 keeps up to date.
+    """
+    LINE: tl.constexpr = 1024 // v.dtype.element_ty.primitive_bitwidth          # of 128 bytes
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(COLUMNS, LINE)))[None, :] * LINE
+    if not INTERPRET and cuda_capability_geq(9, 0):
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+                                  [v + tl.minimum(line, COLUMNS - 1)], tl.int32, is_pure=False,
+                                  pack=1)
+
+
+@triton.jit
 def group(h, H, G, runs):
     """The group that head h reads: runs = 1 repeats each group H // G times in a row."""
     return h // (H // G * runs) * runs + h % runs
@@ -636,7 +678,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
                   C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                   T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
                   P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
-                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+                  BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr):
     """BP channels of one head of one row; the state in chunks of BN columns.
 
     Token s since the checkpoint is row s of a tile of BR >= ring rows, first those of the ring,
@@ -645,24 +687,29 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     Products have the BP channels as rows, so a warp's rows of the state stay its own.
     """
     split, h, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    base, length = tl.load(counts + row), tl.load(counts + b + row)
-    pending = tl.load(counts + 2 * b + row)
-    DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-    p, n = split * BP + tl.arange(0, BP), tl.arange(0, BN)[None, :]     # (BP,)  (1,BN)
+    counts, row = counts + row, row.to(tl.int64)                        # offsets pass 2^31
+    p, n = tl.arange(0, BP), tl.arange(0, BN)[None, :]                  # (BP,)  (1,BN)
     s, t = tl.arange(0, BR), tl.arange(0, BT)                           # (BR,)  (BT,)
+    gx, gb = group(h, H, GX, RUNS) * P + split * BP, group(h, H, GB, RUNS) * N
+    hp = h * P + split * BP
+
+    # from here on the pointers are those of this row, head and split
+    x, dt = x + row * T * x_row + gx, dt + row * T * dt_row + h
+    B, C = B + row * T * B_row + gb, C + row * T * C_row + h * N
+    ring_x, ring_dt = ring_x + row * SLOTS * (GX * P) + gx, ring_dt + row * SLOTS * H + h
+    ring_B, state = ring_B + row * SLOTS * (GB * N) + gb, state + (row * H * P + hp) * N
+    if z is not None:
+        z += row * T * z_row + hp
+    if AHEAD:
+        prefetch(state + p[:, None] * N, N)
+    wait_previous()
+    base, length, pending = tl.load(counts), tl.load(counts + b), tl.load(counts + 2 * b)
+    DT: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
     a, shift = tl.load(A + h), tl.load(bias + h)
     skip = 0.0 if D is None else tl.load(D + h)
-
-    # from here on the pointers are those of this row and head
-    row = row.to(tl.int64)                                              # offsets pass 2^31
-    x += row * T * x_row + group(h, H, GX, RUNS) * P + p[None, :]
-    B += row * T * B_row + group(h, H, GB, RUNS) * N
-    ring_x += row * SLOTS * (GX * P) + group(h, H, GX, RUNS) * P + p[None, :]
-    ring_B += row * SLOTS * (GB * N) + group(h, H, GB, RUNS) * N
-    dt, ring_dt = dt + row * T * dt_row + h, ring_dt + row * SLOTS * H + h
-    state += row * (H * P * N) + h * (P * N) + p[:, None] * N + n       # (BP,BN)
+    x, ring_x, state = x + p[None, :], ring_x + p[None, :], state + p[:, None] * N + n
     last, every = tl.minimum(t, T - 1)[:, None], tl.arange(0, triton.next_power_of_2(N))[None, :]
-    C += row * T * C_row + h * N + last * C_row + n                     # (BT,BN)
+    C += last * C_row + n                                               # (BT,BN)
     mine = tl.where((split == 0) & is_first(h, H, GB, RUNS), T, 0)      # rows of B for the ring
     mine = (t < mine)[:, None] & (every < N)                            # (BT,N)
     mine_B = tl.load(B + last * B_row + every, mask=mine)
@@ -684,9 +731,10 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
     old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
     if z is not None:
-        gate = tl.load(z + row * T * z_row + h * P + last * z_row + p[None, :])     # (BT,BP)
+        gate = tl.load(z + last * z_row + p[None, :])                   # (BT,BP)
     B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
+    start_next()            # at the top it cost a row 2 us, after the products 0.5
     # h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
@@ -714,7 +762,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     out = tl.trans(out)                                                 # (BT,BP)
     if z is not None:
         out *= silu(gate.to(tl.float32))
-    y += row * T * (H * P) + h * P + t[:, None] * (H * P) + p[None, :]
+    y += row * T * (H * P) + hp + t[:, None] * (H * P) + p[None, :]
     tl.store(y, out, mask=(t < T)[:, None])
 
     # 3. the new inputs enter the ring, each from one program; nobody reads these slots now
@@ -750,42 +798,69 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
                  C_row: tl.constexpr, z_row: tl.constexpr, SLOTS: tl.constexpr, ring,
                  T: tl.constexpr, GX: tl.constexpr, GB: tl.constexpr, H: tl.constexpr,
                  P: tl.constexpr, N: tl.constexpr, RUNS: tl.constexpr, BP: tl.constexpr,
-                 BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+                 BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr):
     """BP channels, across heads, of one row, the recurrence in registers: per-channel decays leave
     no matrix product. BR old tokens are requested at once, new ones BT tokens ahead.
 
     The tile is (BP,NC,BN), N cut into NC pieces of BN: at BN = 4 (16 bytes) one thread holds all
     of a channel, so that Delta and the gate are computed once and y needs no other thread.
     """
-    row, b = tl.program_id(2), tl.num_programs(2)
-    base, length = tl.load(counts + row), tl.load(counts + b + row)
-    pending = tl.load(counts + 2 * b + row)
+    row, b, first = tl.program_id(2), tl.num_programs(2), tl.program_id(0) * BP
+    counts, row = counts + row, row.to(tl.int64)
     NC: tl.constexpr = triton.next_power_of_2(N) // BN
-    j, row = tl.program_id(0) * BP + tl.arange(0, BP), row.to(tl.int64)
+    j = first + tl.arange(0, BP)
     n = tl.arange(0, NC)[None, :, None] * BN + tl.arange(0, BN)[None, None, :]  # (1,NC,BN)
     h, p = j // P, j % P                                                # (BP,) head and channel
     gx, gb = group(h, H, GX, RUNS) * P + p, group(h, H, GB, RUNS)[:, None, None] * N + n
     in_n = True if N & (N - 1) == 0 else n < N                          # a power of two: no mask
     tile = j[:, None, None] * N + n                                     # (BP,NC,BN)
 
+    # from here on the pointers are those of this row
+    x, dt, y = x + row * T * x_row, dt + row * T * dt_row, y + row * T * (H * P) + j
+    B, C, state = B + row * T * B_row, C + row * T * C_row, state + row * (H * P * N)
+    ring_x, ring_B = ring_x + row * SLOTS * (GX * P), ring_B + row * SLOTS * (GB * N)
+    ring_dt += row * SLOTS * (H * P)
+    if z is not None:
+        z += row * T * z_row
+    head = first // P                                                   # of the first channel
+    W: tl.constexpr = triton.cdiv(BP, P) * N
+    x_0, B_0 = group(head, H, GX, RUNS) * P + first % P, group(head, H, GB, RUNS) * N
+
+    # the registers have room for few tokens, the L2 for all: 15 % faster for 5 at batch 64
+    now = tl.minimum(tl.arange(0, triton.next_power_of_2(T)), T - 1)[:, None]       # (.,1)
+    prefetch(x + x_0 + now * x_row, BP)
+    prefetch(dt + first + now * dt_row, BP)
+    prefetch(B + B_0 + now * B_row, W)
+    prefetch(C + head * N + now * C_row, W)
+    if z is not None:
+        prefetch(z + first + now * z_row, BP)
+    if AHEAD:
+        prefetch(state + first * N, BP * N)
+        prefetch(A + first * N, BP * N)
+    wait_previous()
+    base, length, pending = tl.load(counts), tl.load(counts + b), tl.load(counts + 2 * b)
+    old = tl.minimum(tl.arange(0, 8), tl.maximum(length + pending - base - 1, 0))[:, None]
+    old = (base + old) % SLOTS                                                      # (8,1)
+    prefetch(ring_x + x_0 + old * (GX * P), BP)
+    prefetch(ring_dt + first + old * (H * P), BP)
+    prefetch(ring_B + B_0 + old * (GB * N), W)
+
     # what does not depend on the counts is requested first
-    state += row * (H * P * N) + tile
+    state += tile
     h_t = tl.load(state, mask=in_n, other=0)
     a = tl.load(A + tile, mask=in_n, other=0) * 1.4426950408889634      # for exp2
-    x, dt, y = x + row * T * x_row + gx, dt + row * T * dt_row + j, y + row * T * (H * P) + j
-    B, C = B + row * T * B_row + gb, C + row * T * C_row + h[:, None, None] * N + n
+    x, dt, ring_x, ring_dt, ring_B = x + gx, dt + j, ring_x + gx, ring_dt + j, ring_B + gb
+    B, C = B + gb, C + h[:, None, None] * N + n
     zs, xs, ds, Bs, Cs = (), (), (), (), ()                             # one entry per token
     if z is not None:
-        z += row * T * z_row + j
+        z += j
     shift = tl.load(bias + j)
     skip = 0.0 if D is None else tl.load(D + j)
+    start_next()
 
     for t in tl.static_range(-BT, T):
         # 1. before the first token, replay; a flush writes the state after the last committed one
         if t == 0:
-            ring_x += row * SLOTS * (GX * P) + gx
-            ring_B += row * SLOTS * (GB * N) + gb
-            ring_dt += row * SLOTS * (H * P) + j
             n_old = length + pending - base
             fold = tl.where(n_old + T > ring, length - base, 0)
             if fold > 0:
@@ -813,28 +888,29 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
             slot = (base + n_old + t) % SLOTS
             tl.store(ring_dt + slot * (H * P), delta)
             tl.store(ring_x + slot * (GX * P), xs[t], mask=is_first(h, H, GX, RUNS))
-            first = is_first(h, H, GB, RUNS) & (p == 0)
-            tl.store(ring_B + slot * (GB * N), Bs[t], mask=first[:, None, None] & in_n)
+            one = is_first(h, H, GB, RUNS) & (p == 0)
+            tl.store(ring_B + slot * (GB * N), Bs[t], mask=one[:, None, None] & in_n)
 
 
 def tile_sizes(mamba2, b, H, P, N, T, ring):
-    """BP, BN, BR, BT, warps, register limit, stages of a launch: what was fastest on an H100.
+    """BP, BN, BR, BT, AHEAD, warps, register limit, stages of a launch: fastest on an H100.
 
     A small batch is cut fine, so that 132 SMs have work; a large one needs many loads in flight.
     5 tokens at batch 64 of 32 heads of 128 x 128 take 76 us with 64 x 64 tiles and two warps, 84 us
     with 32 x 32. Tiles of 64 rows pay only from 1024 heads x rows on. At batch 1 four warps share
-    the products of many tokens: 5.6 us for 5 where two take 5.8; for one token two are faster.
+    the products of many tokens, for one token two are faster. AHEAD: the state comes to the L2
+    before `wait_previous`, which saves 0.5 of 5 us at batch 1 and costs 5 % at batch 64.
     """
     large, BN = b * H * P * N > 2 ** 21, triton.next_power_of_2(N)
     if mamba2:                                     # BP divides P: no mask
         BR, BT = max(16, triton.next_power_of_2(ring)), max(8, triton.next_power_of_2(T))
         most, warps = (64 if b * H >= 1024 and N > 64 else 32), 4 if b * H < 128 and T > 4 else 2
-        return (min(P & -P, most), min(BN, 64 if N > 64 else 32), BR, BT,
+        return (min(P & -P, most), max(16, min(BN, 64 if N > 64 else 32)), BR, BT, not large,
                 warps if P % 32 == 0 else 1, None, 3)
     BP = H * P & -(H * P)                          # a power of two that divides all channels
     if large:
-        return min(BP, 32), max(4, BN // 4), 4, 1, max(1, BN // 16), 128, 1
-    return min(BP, max(1, 128 // BN)), BN, min(triton.next_power_of_2(ring), 8), 8, 1, None, 1
+        return min(BP, 32), max(4, BN // 4), 4, 1, False, max(1, BN // 16), 128, 1
+    return min(BP, max(1, 128 // BN)), BN, min(triton.next_power_of_2(ring), 8), 8, True, 1, None, 1
 
 
 def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, ring_B, counts,
@@ -852,10 +928,10 @@ def multi_step_triton(x, dt, B, C, A, dt_bias, D, z, state, ring_x, ring_dt, rin
     assert all(v is None or v.stride(1) == 1 for v in new), "inputs must be contiguous by token"
     strides = [0 if v is None else v.stride(0) for v in new]
     with torch.cuda.device_of(x):
-        kernel[grid, H if mamba2 else 1, b](
-            *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts,
-            *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, *tile,
-            num_warps=warps, maxnreg=registers, num_stages=stages)
+        launch(kernel, b, (grid, H if mamba2 else 1, b),
+               *new[:4], A, dt_bias, D, new[4], y, state, ring_x, ring_dt, ring_B, counts,
+               *strides, ring_x.shape[1], ring, T, GX, B.shape[2], H, P, N, runs, *tile,
+               num_warps=warps, maxnreg=registers, num_stages=stages)
     return y
 
 
@@ -873,9 +949,8 @@ def conv_step(u, weight, bias, ring_u, counts, act=True, impl=None, plan=None):
         assert ring_u.is_contiguous() and weight.is_contiguous() and counts.is_contiguous()
         out, u = u.new_empty(b, T, c), u.reshape(b * T, c)              # a view also of columns
         BC = 64 if b * c < 2 ** 17 else 256
-        conv_kernel[triton.cdiv(c, BC), b](
-            u, weight, bias, ring_u, out, counts, u.stride(0), T, slots, c, W, act,
-            triton.next_power_of_2(T), BC, num_warps=2)
+        launch(conv_kernel, b, (triton.cdiv(c, BC), b), u, weight, bias, ring_u, out, counts,
+               u.stride(0), T, slots, c, W, act, triton.next_power_of_2(T), BC, num_warps=2)
         return out
     _, row, slot, *_ = plan or replay_plan(counts, T, 1, slots, W)
     ring_u[row, slot[:, -T:]] = u
@@ -892,6 +967,8 @@ def conv_kernel(u, weight, bias, ring_u, out, counts, u_row, T, slots, c: tl.con
     W loads of each input hit the L1, so memory sees one. A channel is read and written by one
     program, and the slots of the new tokens are none of those that the window reads.
     """
+    start_next()
+    wait_previous()
     row, b = tl.program_id(1), tl.num_programs(1)
     first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
     t, j, row = tl.arange(0, BT), tl.program_id(0) * BC + tl.arange(0, BC), row.to(tl.int64)
@@ -1133,9 +1210,10 @@ def decode(model, tokens, cache, n_valid=None):
     mask = None if by_kernel or not cache.has_attention else decode_masks(model, positions, cache)
     with torch.cuda.device_of(tokens), few_tokens(model, tokens, by_kernel):    # for Triton
         with torch.inference_mode():              # saves 1.5 of 34 ms a token of SmolLM2 on a CPU
-            hidden = model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
-                                 **{CACHE: cache})
-        logits = model.get_output_embeddings()(hidden.last_hidden_state)       # ordinary tensors
+            hidden = layers_by_kernels(model, tokens, positions, cache) if by_kernel else (
+                model.model(input_ids=tokens, position_ids=positions, attention_mask=mask,
+                            **{CACHE: cache}).last_hidden_state)
+        logits = model.get_output_embeddings()(hidden)                         # ordinary tensors
     if cache.ring == 0:
         cache.counts[:2] += 1
         return logits
@@ -1184,13 +1262,15 @@ SMALL = 100_000     # weights; a product with fewer takes less than 30 us as it 
 
 
 def linear_of_few(linear, x):
-    """A linear layer for a few rows on several CPU cores: a batch of products of 32 outputs each.
+    """A linear layer for a few rows; on several CPU cores a batch of products of 32 outputs each.
 
     A product with 1 to 3 rows keeps one core busy, MKL's with 4 to 15 streams the weights slowly:
     of SmolLM2, one token took 66 ms, 45 this way, five 93 and 64 (2 cores of an EPYC, fp32). In
     bf16 this form is slower. x (...,k) -> (...,n)
     """
     W, bias = linear.weight, linear.bias                                        # (n,k)
+    if W.is_cuda:
+        return product_by_kernel(x, W, bias)
     if W.numel() < SMALL or W.dtype != torch.float32:
         return F.linear(x, W, bias)
     n = len(W) // 32 * 32
@@ -1237,6 +1317,8 @@ def attention_kernel(qkv, cos, sin, kept_k, kept_v, positions, counts, out, weig
     What a row has kept is read once and no further than written. The last split sees the new
     tokens too, from the inputs, and stores them; no program of the launch reads those columns.
     """
+    start_next()
+    wait_previous()
     split, g, row, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     tile, split = split // SPLITS, split % SPLITS
     first = tl.load(counts + b + row) + tl.load(counts + 2 * b + row)   # position of token 0
@@ -1286,6 +1368,8 @@ def attention_kernel(qkv, cos, sin, kept_k, kept_v, positions, counts, out, weig
 @triton.jit
 def merge_kernel(parts, weight, out, d: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr):
     """The mean of a query's SPLITS partial outputs, weighted by 2^weight."""
+    start_next()
+    wait_previous()
     query, n, j = tl.program_id(0), tl.num_programs(0), tl.arange(0, D)
     at = tl.arange(0, SPLITS) * n + query                               # (SPLITS,)
     w = tl.load(weight + at)
@@ -1328,31 +1412,20 @@ def attention_step(qkv, cos, sin, kept, cache, scale, window=None):
     if splits > 1:
         weight = qkv.new_empty(splits, b, T, H, dtype=torch.float32)
         parts = qkv.new_empty(splits, b, T, H, d, dtype=torch.float32)
-    attention_kernel[splits * triton.cdiv(queries, BM), G, b](
-        qkv, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
-        weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
-        d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
+    launch(attention_kernel, b, (splits * triton.cdiv(queries, BM), G, b),
+           qkv, cos, sin, *kept, cache.positions, cache.counts, out if splits == 1 else parts,
+           weight, kept.k.shape[2], cache.max_length, scale * math.log2(math.e), window, T, H, G,
+           d, splits, BM, BN, BT, D, num_warps=warps, num_stages=stages)
     if splits > 1:
-        merge_kernel[b * T * H,](parts, weight, out, d, splits, D, num_warps=1)
+        launch(merge_kernel, b, (b * T * H,), parts, weight, out, d, splits, D, num_warps=1)
     return out
-
-
-def attend_by_kernel(module, hidden_states, position_embeddings=None, **kwargs):
-    """Stands for the forward of an attention layer: between its projections, `attention_step`.
-
-    q, k and v are one product. Of an 8B Llama, batch 1, k and v took 7 us each beside q's 15, since
-    so few rows leave most of an H100 idle.
-    """
-    cache, i = kwargs[CACHE], module.layer_idx
-    qkv = F.linear(hidden_states, *cache.weights[i]).unflatten(-1, (-1, module.head_dim))
-    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    y = attention_step(qkv, *position_embeddings, cache.layers[i], cache, module.scaling, window)
-    return module.o_proj(y.flatten(-2)), None
 
 
 @triton.jit
 def rope_kernel(v, cos, sin, out, v_row, g, scale, heads, d: tl.constexpr, D: tl.constexpr):
     """RoPE of one head of one token; heads from g on, those of C, also get attention's scale."""
+    start_next()
+    wait_previous()
     row, h, j = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D)
     turned = rotated(v + row * v_row + h * d, cos + row * d, sin + row * d, j, j < d, d)
     tl.store(out + (row * heads + h) * d + j, turned * tl.where(h < g, 1.0, scale), mask=j < d)
@@ -1361,85 +1434,152 @@ def rope_kernel(v, cos, sin, out, v_row, g, scale, heads, d: tl.constexpr, D: tl
 def rope_by_kernel(v, cos, sin, g, scale):
     """RoPE of B and C, and C's scale, in one launch instead of five. v (b,T,heads,d) -> the same"""
     (b, T, heads, d), out = v.shape, v.new_empty(v.shape)
-    rope_kernel[b * T, heads](v, cos, sin, out, v.flatten(0, 1).stride(0), g, scale, heads, d,
-                              triton.next_power_of_2(d), num_warps=1)
+    launch(rope_kernel, b, (b * T, heads), v, cos, sin, out, v.flatten(0, 1).stride(0), g, scale,
+           heads, d, triton.next_power_of_2(d), num_warps=1)
     return out
 
 
 @triton.jit
-def norm_kernel(x, y, weight, eps, total, out, n, BN: tl.constexpr):
-    """RMSNorm of one row of n: of x, or, where there is a y, of total = x + y."""
+def norm_kernel(x, weight, eps, out, n, BN: tl.constexpr):
+    """RMSNorm of one row of n."""
+    start_next()
+    wait_previous()
     row, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BN)
-    x_j = tl.load(x + row + j, mask=j < n, other=0)                     # (BN,)
-    if y is not None:
-        y_j = tl.load(y + row + j, mask=j < n, other=0).to(tl.float32)
-        x_j = (x_j.to(tl.float32) + y_j).to(x_j.dtype)                  # rounded once
-        tl.store(total + row + j, x_j, mask=j < n)
-    x_j = x_j.to(tl.float32)
+    x_j = tl.load(x + row + j, mask=j < n, other=0).to(tl.float32)      # (BN,)
     normed = x_j * tl.rsqrt(tl.sum(x_j * x_j) / n + eps)
     tl.store(out + row + j, normed * tl.load(weight + j, mask=j < n, other=0), mask=j < n)
 
 
-def norm_by_kernel(norm, x, y=None, total=None):
+def norm_by_kernel(norm, x):
     """Stands for the forward of an RMSNorm, in one launch: of 4096 values 2.5 us (H100), where
-    F.rms_norm takes 6.2. With y, the norm of x + y, a sum that `total` receives. x (b,T,D)"""
-    D, out = x.shape[-1], torch.empty_like(x)
-    norm_kernel[x.numel() // D,](x, y, norm.weight, norm.variance_epsilon, total, out, D,
-                                 triton.next_power_of_2(D), num_warps=8)
+    F.rms_norm takes 6.2. x (b,T,D)"""
+    x, D, out = x.contiguous(), x.shape[-1], x.new_empty(x.shape)
+    launch(norm_kernel, len(x), (x.numel() // D,), x, norm.weight, norm.variance_epsilon, out, D,
+           triton.next_power_of_2(D), num_warps=4)
     return out
 
 
 @triton.jit
-def silu_times_kernel(gate, up, out, n, BN: tl.constexpr):
-    """silu(gate) * up, element by element."""
+def silu_times_kernel(gate, y, n, BN: tl.constexpr):
+    """y *= silu(gate), element by element."""
+    start_next()
+    wait_previous()
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     v = silu(tl.load(gate + j, mask=j < n).to(tl.float32))
-    tl.store(out + j, v * tl.load(up + j, mask=j < n).to(tl.float32), mask=j < n)
+    tl.store(y + j, v * tl.load(y + j, mask=j < n).to(tl.float32), mask=j < n)
 
 
-def layer_by_kernels(layer, hidden_states, **kwargs):
-    """Stands for the forward of a decoder layer: of what lies between its products, sum and norm
-    take one launch, SiLU and gate another, and the last sum none. x (b,T,D) -> (b,T,D)"""
-    y = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
-    x, mlp = torch.empty_like(y), layer.mlp                             # (b,T,D)
-    u = norm_by_kernel(layer.post_attention_layernorm, hidden_states, y, x)
-    gate, up = mlp.gate_proj(u), mlp.up_proj(u)                         # (b,T,F)
-    silu_times_kernel[triton.cdiv(up.numel(), 1024),](gate, up, up, up.numel(), 1024)
-    x.flatten(0, 1).addmm_(up.flatten(0, 1), mlp.down_proj.weight.T)
-    return x
+@triton.jit
+def product_kernel(x, W, bias, gate, total, y, x_row, rows, n, k, BM: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr):
+    """BN outputs of all rows: the weights stream through once, several tiles ahead of the sums.
+
+    The weights are the left factor, so that one row of x needs a tile of no more than 8 columns.
+    """
+    start_next()
+    j, m, i = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
+    row = j.to(tl.int64)[:, None] * k                                   # (BN,1)
+    prefetch(W + row, AHEAD)
+    wait_previous()
+    row += i[None, :]                                                   # (BN,BK)
+    x += m[None, :] * x_row + i[:, None]                                # (BK,BM)
+    acc, gated = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
+    for first in range(0, k, BK):
+        in_k = i < k - first
+        mask = (j < n)[:, None] & in_k[None, :]
+        x_i = tl.load(x + first, mask=(m < rows)[None, :] & in_k[:, None], other=0)
+        acc = dot(tl.load(W + row + first, mask=mask, other=0), x_i, acc)
+        if gate is not None:
+            gated = dot(tl.load(gate + row + first, mask=mask, other=0), x_i, gated)
+    if bias is not None:
+        acc += tl.load(bias + j, mask=j < n, other=0).to(tl.float32)[:, None]
+    if gate is not None:
+        acc *= silu(gated)
+    at, mask = m[None, :] * n + j[:, None], (j < n)[:, None] & (m < rows)[None, :]
+    if total is not None:
+        acc += tl.load(total + at, mask=mask, other=0).to(tl.float32)
+    tl.store(y + at, acc, mask=mask)
+
+
+def product_by_kernel(x, W, bias=None, gate=None, total=None):
+    """x W^T + bias, times silu(x gate^T) where there is a `gate`, added to `total` if there is one.
+
+    Up to 16 rows in one launch, which reads the weights of an 8B Llama's layer at 2.2 to 2.8 TB/s
+    (H100), where cuBLAS needs 2 to 25 % more time; SiLU and sum would be launches of their own.
+
+    x (b,T,k)  W, gate (n,k)  bias (n)  total (b,T,n), changed -> (b,T,n)
+    """
+    (n, k), rows = W.shape, x.shape[0] * x.shape[1]
+    if rows > 16:
+        y = F.linear(x, W, bias)
+        if gate is not None:
+            launch(silu_times_kernel, len(x), (triton.cdiv(y.numel(), 1024),), F.linear(x, gate), y,
+                   y.numel(), 1024)
+        return y if total is None else total.add_(y)
+    y = x.new_empty(*x.shape[:2], n) if total is None else total
+    x, BM, BN, BK = x.reshape(rows, k), 8 if rows <= 8 else 16, 16, 512 // x.element_size()
+    tile = 512 * (BM + (BN if gate is None else 2 * BN))                # bytes
+    memory = 227 << 10 if not x.is_cuda else getattr(
+        torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 48 << 10)
+    launch(product_kernel, rows, (triton.cdiv(n, BN),), x, W, bias, gate, total, y, x.stride(0),
+           rows, n, k, BM, BN, BK, 4 * BK, num_warps=1, num_stages=min(6, 1 + memory // tile))
+    return y
+
+
+def layers_by_kernels(model, tokens, positions, cache):
+    """Stands for the forward of `model.model`: SiLU, gate and sums are part of the products before
+    them, so that a few tokens take seven to nine launches a layer.
+
+    tokens, positions (b,T) -> (b,T,D), normed
+    """
+    trunk = model.model
+    x, angles = trunk.embed_tokens(tokens), None                                # (b,T,D)
+    if cache.has_attention or model.config.rope:
+        angles = trunk.rotary_emb(x, positions)
+    for i, layer in enumerate(trunk.layers):
+        u, mixer, mlp = norm_by_kernel(layer.input_layernorm, x), layer.self_attn, layer.mlp
+        if isinstance(mixer, Mixer):
+            proj = product_by_kernel(u, mixer.in_proj.weight, mixer.in_proj.bias)
+            y, out = mixer.mix(proj, angles, cache), mixer.out_proj
+        else:
+            qkv, out = product_by_kernel(u, *cache.weights[i]), mixer.o_proj
+            window = getattr(mixer, "sliding_window", getattr(mixer.config, "sliding_window", None))
+            y = attention_step(qkv.unflatten(-1, (-1, mixer.head_dim)), *angles, cache.layers[i],
+                               cache, mixer.scaling, window).flatten(-2)
+        x = product_by_kernel(y, out.weight, out.bias, total=x)
+        u = norm_by_kernel(layer.post_attention_layernorm, x)
+        y = product_by_kernel(u, mlp.up_proj.weight, gate=mlp.gate_proj.weight)     # (b,T,F)
+        x = product_by_kernel(y, mlp.down_proj.weight, total=x)
+    return norm_by_kernel(trunk.norm, x)
 
 
 def kernels_serve(model):
     """Do the kernels compute what the layers do: Llama's, Mistral's or Qwen2's, as transformers
     made them, without adapters and hooks that would be passed by?"""
     config, layers = model.model.config, model.model.layers
-    # modules whose forward `layer_by_kernels` and `attend_by_kernel` do not call
-    bypassed = ("q_proj", "k_proj", "v_proj", "mlp", "down_proj", "post_attention_layernorm")
+
+    def changed(name, part):
+        """Is `part` more than its class says? transformers' hooks that record outputs are not."""
+        hooks = chain(part._forward_hooks.values(), part._forward_pre_hooks.values())
+        return ("forward" in vars(part) or name.endswith("_proj") and type(part) is not nn.Linear
+                or any("output_capturing" not in str(hook.__module__) for hook in hooks))
+
     return (use_triton(None, model.get_input_embeddings().weight)
             and {type(layer).__name__ for layer in layers} <= {*HybridForCausalLM._no_split_modules}
             and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
-            and not any("forward" in vars(part)
-                        or name.endswith("_proj") and type(part) is not nn.Linear
-                        or name.endswith(bypassed) and {**part._forward_hooks,
-                                                        **part._forward_pre_hooks}
-                        for name, part in layers.named_modules()))
+            and not any(changed(*named) for named in model.model.named_modules()))
 
 
 @contextmanager
 def few_tokens(model, tokens, by_kernel):
-    """Within: decoding by faster forms of attention, layers, norms, nn.Linear; undone at the end.
+    """Within: decoding by faster forms of attention and nn.Linear; undone at the end.
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. by_kernel: swap whole layers too (`kernels_serve`).
+    meanwhile. by_kernel: `layers_by_kernels` has its own attention.
     """
     swaps = [(model.model.config, "_attn_implementation", "attend_in_groups")]
-    if by_kernel:
-        swaps += [(kind, "forward", layer_by_kernels) for kind in {*map(type, model.model.layers)}]
-        swaps += [(kind, "forward", attend_by_kernel) for kind in {
-            type(layer.self_attn) for layer in model.model.layers} - {Mixer}]
-        swaps.append((type(model.model.norm), "forward", norm_by_kernel))
-    if not tokens.is_cuda and tokens.numel() < 16 and torch.get_num_threads() > 1:
+    if by_kernel or tokens.numel() < 16 and torch.get_num_threads() > 1:
         swaps.append((nn.Linear, "forward", linear_of_few))
     with ExitStack() as undo:
         for owner, name, new in swaps:
@@ -1627,8 +1767,13 @@ class Mixer(nn.Module):
 
     def forward(self, hidden_states, position_embeddings=None, token_mask=None, **kwargs):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
-        cache, config, H = kwargs.get(CACHE), self.config, self.H
         proj = self.in_proj(hidden_states)                                     # (b,l,rows)
+        return self.out_proj(self.mix(proj, position_embeddings, kwargs.get(CACHE),
+                                      token_mask)), None
+
+    def mix(self, proj, position_embeddings=None, cache=None, token_mask=None):
+        """All between the projections. proj (b,l,rows) -> y (b,l,d_inner)"""
+        config, H = self.config, self.H
         if token_mask is not None:                  # padding: nothing enters the convolution
             proj = proj * token_mask[..., None]
         x, B, C = self.inputs(proj, position_embeddings, cache)
@@ -1647,7 +1792,7 @@ class Mixer(nn.Module):
             wide = torch.promote_types(y.dtype, torch.float32)
             heads = y.unflatten(-1, (-1, self.head_dim)).to(wide)
             y = F.rms_norm(heads, (self.head_dim,), eps=1e-5).flatten(-2) * self.norm_weight
-        return self.out_proj(y.to(hidden_states.dtype)), None
+        return y.to(proj.dtype)
 
     def scan(self, x, dt, B, C, A, D, z, token_mask, state=None):
         """What `multi_step` computes, where all tokens stand at once; moves `state`, if any, on.

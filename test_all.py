@@ -452,7 +452,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(M, "tile_sizes", lambda mamba2, b, H, P, N, T, ring: (
         16, 16 if mamba2 else 2 ** (N - 1).bit_length() // 4,
         max(16, 2 ** (ring - 1).bit_length()) if mamba2 else 2,
-        max(8, 2 ** (T - 1).bit_length()) if mamba2 else 1, 1, None, 2))
+        max(8, 2 ** (T - 1).bit_length()) if mamba2 else 1, True, 1, None, 2))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -760,19 +760,13 @@ def test_decode_by_the_attention_kernel(layers, fields, monkeypatch):
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.no_grad()
 def test_layer_kernels(dtype, tol):
-    """Norm, of a sum or not, SiLU and gate, RoPE and scale: two rows of three tokens, slices
-    of a wider tensor, one token (whose strides say nothing), widths that are no power of two."""
+    """Norm, RoPE and scale: two rows of three tokens, slices of a wider tensor, one token (whose
+    strides say nothing), widths that are no power of two."""
     with kernels():
         torch.manual_seed(0)
-        x, y, weight = (v.to(dtype) for v in (*torch.randn(2, 2, 3, 24), torch.randn(24)))
-        total, product = torch.empty_like(x), torch.empty_like(x)
-        norm = SimpleNamespace(weight=weight, variance_epsilon=1e-5)
-        normed = M.norm_by_kernel(norm, x, y, total)
-        close(total.double(), (x.double() + y.double()), tol)
-        for given, result in (total, normed), (x, M.norm_by_kernel(norm, x)):
-            close(result.double(), F.rms_norm(given.double(), (24,), weight.double(), 1e-5), tol)
-        M.silu_times_kernel[3,](x, y, product, x.numel(), 64)
-        close(product.double(), F.silu(x.double()) * y.double(), tol)
+        x, weight = torch.randn(2, 3, 24).to(dtype), torch.randn(24).to(dtype)
+        normed = M.norm_by_kernel(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
+        close(normed.double(), F.rms_norm(x.double(), (24,), weight.double(), 1e-5), tol)
         for T in 3, 1:
             v = torch.randn(2, T, 100).to(dtype)[..., 20:92].view(2, T, 3, 24)
             angle = torch.randn(2, T, 12).repeat(1, 1, 2)
@@ -780,6 +774,30 @@ def test_layer_kernels(dtype, tol):
             want = M.apply_rope(*(w.double() for w in (v, cos, sin)))
             want[:, :, 1:] *= 0.5
             close(M.rope_by_kernel(v, cos, sin, 1, 0.5).double(), want, tol)
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("b,T", [(1, 1), (2, 4), (3, 5), (3, 6)])
+@torch.no_grad()
+def test_product_kernel(dtype, tol, b, T):
+    """1, 8 and 15 rows in one launch, 18 by parts: every factor and summand, widths that fit no
+    tile, x also as columns of a wider tensor; against float64."""
+    with kernels():
+        torch.manual_seed(b * T)
+        n, k = 40, 300
+        wide, total, bias = (torch.randn(shape).to(dtype) for shape in (
+            (b, T, k + 9), (b, T, n), (n,)))
+        W, gate = (torch.randn(2, n, k) / k ** 0.5).to(dtype)
+        for x in (wide[..., :k], wide[..., 9:].contiguous()):
+            for parts in ({}, {"bias": bias}, {"total": total}, {"bias": bias, "total": total},
+                          {"gate": gate}):
+                want = x.double() @ W.double().T
+                if "gate" in parts:
+                    want = want * F.silu(x.double() @ gate.double().T)
+                for part in parts.keys() & {"bias", "total"}:
+                    want = want + parts[part].double()
+                own = {name: v.clone() for name, v in parts.items()}    # total is changed
+                close(M.product_by_kernel(x, W, **own).double(), want, tol)
 
 
 class Adapted(torch.nn.Linear):
@@ -1429,7 +1447,9 @@ def test_sharded_run_resumes_with_another_number_of_processes(before, after, wor
     argv = command(world, tmp_path / "out", "--tokens", "5000", tokens_file="npz")
     more = ["--resume", "--json", str(tmp_path / "f.json")]
     if (before, after) == (2, 1):
-        torch.multiprocessing.spawn(process_of, (argv, int(0.8 * steps), tmp_path / "meet"), 2)
+        with monkeypatch.context() as patch:            # two processes cannot share one GPU
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            torch.multiprocessing.spawn(process_of, (argv, int(0.8 * steps), tmp_path / "meet"), 2)
         M.main(argv + more)
     else:
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -1893,10 +1913,11 @@ def test_cli_killed_and_resumed_in_processes_of_its_own(world, uninterrupted, tm
     rows, weights, _ = uninterrupted
     table = json.loads((tmp_path / "f.json").read_text())["tables"]["mamba2"]
     assert [r["stage"] for r in table] == STORY
+    rounding = 1e-5 if DEVICE == "cpu" else 5e-3        # `shell` hides a GPU from the command
     for got, want in zip(table, rows):
-        assert got["ratio"] == pytest.approx(want["ratio"], rel=1e-5)
+        assert got["ratio"] == pytest.approx(want["ratio"], rel=rounding)
     for name, value in weights_of(tmp_path / "out").items():
-        close(value, weights[name], 1e-5)
+        close(value, weights[name], rounding)
 
 
 def test_tiny_tells_the_whole_story(tmp_path, monkeypatch, capsys, signals):
