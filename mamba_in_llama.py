@@ -470,7 +470,7 @@ def use_triton(impl, state):
 
 
 def launch(kernel, batch, grid, *args, **options):
-    """kernel[grid](*args), a kernel of decoding `batch` rows, all of which call `wait_previous`."""
+    """kernel[grid](*args) for `batch` rows on the current GPU; the kernel calls `wait_previous`."""
     if (batch <= 256 and args[0].is_cuda and torch.version.hip is None
             and torch.cuda.get_device_capability(args[0].device) >= (9, 0)):
         options["launch_pdl"] = True        # 4096 rows of SmolLM2 were 1.5 % slower with it
@@ -1504,12 +1504,13 @@ def product_kernel(x, W, bias, gate, total, y, x_row, rows, n, k, BM: tl.constex
 def product_by_kernel(x, W, bias=None, gate=None, total=None):
     """x W^T + bias, times silu(x gate^T) where there is a `gate`, added to `total` if there is one.
 
-    Up to 16 rows in one launch, which reads the weights of an 8B Llama's layer at 2.2 to 2.8 TB/s
-    (H100), where cuBLAS needs 2 to 25 % more time; SiLU and sum would be launches of their own.
+    Up to 16 rows in one launch, which reads the weights of an 8B Llama's layer at 2.1 to 2.8 TB/s
+    (H100); cuBLAS needs up to 18 % more time for one row, and SiLU and sum launches of their own.
 
     x (b,T,k)  W, gate (n,k)  bias (n)  total (b,T,n), changed -> (b,T,n)
     """
     (n, k), rows = W.shape, x.shape[0] * x.shape[1]
+    assert all(v is None or v.is_contiguous() for v in (W, bias, gate, total)) and x.stride(-1) == 1
     if rows > 16:
         y = F.linear(x, W, bias)
         if gate is not None:
@@ -1528,7 +1529,7 @@ def product_by_kernel(x, W, bias=None, gate=None, total=None):
 
 def layers_by_kernels(model, tokens, positions, cache):
     """Stands for the forward of `model.model`: SiLU, gate and sums are part of the products before
-    them, so that a few tokens take seven to nine launches a layer.
+    them, so that a few tokens take seven to ten launches a layer.
 
     tokens, positions (b,T) -> (b,T,D), normed
     """
@@ -1553,21 +1554,28 @@ def layers_by_kernels(model, tokens, positions, cache):
     return norm_by_kernel(trunk.norm, x)
 
 
+# where the classes come from that `layers_by_kernels` computes
+SERVED = (*(f"transformers.models.{name}." for name in ("llama", "mistral", "qwen2")),
+          "transformers.activations.", "torch.nn.modules.", f"{__name__}.")
+
+
 def kernels_serve(model):
     """Do the kernels compute what the layers do: Llama's, Mistral's or Qwen2's, as transformers
-    made them, without adapters and hooks that would be passed by?"""
-    config, layers = model.model.config, model.model.layers
+    made them, without adapters, hooks and quantised weights that would be passed by?"""
+    trunk, config = model.model, model.model.config
 
-    def changed(name, part):
+    def changed(part):
         """Is `part` more than its class says? transformers' hooks that record outputs are not."""
         hooks = chain(part._forward_hooks.values(), part._forward_pre_hooks.values())
-        return ("forward" in vars(part) or name.endswith("_proj") and type(part) is not nn.Linear
-                or any("output_capturing" not in str(hook.__module__) for hook in hooks))
+        return (not f"{type(part).__module__}.".startswith(SERVED) or "forward" in vars(part)
+                or any("output_capturing" not in str(hook.__module__) for hook in hooks)
+                or any(type(v) is not nn.Parameter or not v.is_contiguous()
+                       for v in part.parameters(recurse=False)))
 
+    called = {trunk.embed_tokens, trunk.rotary_emb}                     # as modules, hooks and all
     return (use_triton(None, model.get_input_embeddings().weight)
-            and {type(layer).__name__ for layer in layers} <= {*HybridForCausalLM._no_split_modules}
             and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
-            and not any(changed(*named) for named in model.model.named_modules()))
+            and not any(map(changed, {*trunk.modules(), model.get_output_embeddings()} - called)))
 
 
 @contextmanager
@@ -1576,10 +1584,10 @@ def few_tokens(model, tokens, by_kernel):
 
     A call of one to five tokens is bound by the number of operations, not by arithmetic. The
     functions are swapped for the whole process, so no other thread may use these classes
-    meanwhile. by_kernel: `layers_by_kernels` has its own attention.
+    meanwhile. by_kernel: only the head and Mamba's dt_proj are called as nn.Linear then.
     """
     swaps = [(model.model.config, "_attn_implementation", "attend_in_groups")]
-    if by_kernel or tokens.numel() < 16 and torch.get_num_threads() > 1:
+    if by_kernel or not tokens.is_cuda and tokens.numel() < 16 and torch.get_num_threads() > 1:
         swaps.append((nn.Linear, "forward", linear_of_few))
     with ExitStack() as undo:
         for owner, name, new in swaps:

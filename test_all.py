@@ -777,11 +777,14 @@ def test_layer_kernels(dtype, tol):
 
 
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("b,T", [(1, 1), (2, 4), (3, 5), (3, 6)])
+@pytest.mark.parametrize("b,T", [(1, 1), (2, 4), (3, 3), (4, 4), (3, 6)])
 @torch.no_grad()
-def test_product_kernel(dtype, tol, b, T):
-    """1, 8 and 15 rows in one launch, 18 by parts: every factor and summand, widths that fit no
+def test_product_kernel(dtype, tol, b, T, monkeypatch):
+    """1, 8, 9 and 16 rows in one launch, 18 by parts: every factor and summand, widths that fit no
     tile, x also as columns of a wider tensor; against float64."""
+    launch, launched = M.launch, []
+    monkeypatch.setattr(M, "launch", lambda kernel, *args, **more: (
+        launched.append(kernel), launch(kernel, *args, **more)))
     with kernels():
         torch.manual_seed(b * T)
         n, k = 40, 300
@@ -797,7 +800,10 @@ def test_product_kernel(dtype, tol, b, T):
                 for part in parts.keys() & {"bias", "total"}:
                     want = want + parts[part].double()
                 own = {name: v.clone() for name, v in parts.items()}    # total is changed
-                close(M.product_by_kernel(x, W, **own).double(), want, tol)
+                y = M.product_by_kernel(x, W, **own)
+                close(y.double(), want, tol)
+                assert y is own.get("total", y)
+    assert launched.count(M.product_kernel) == (10 if b * T <= 16 else 0)
 
 
 class Adapted(torch.nn.Linear):
@@ -817,6 +823,35 @@ def hooked(model):
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, y: 2 * y)
 
 
+def hooked_before(model):
+    """A hook before the last norm."""
+    model.model.norm.register_forward_pre_hook(lambda module, inputs: 2 * inputs[0])
+
+
+def other_norm(model):
+    """A norm of another class."""
+    class Norm(type(model.model.norm)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    model.model.layers[0].input_layernorm.__class__ = Norm
+
+
+def other_trunk(model):
+    """A trunk of another class."""
+    class Trunk(type(model.model)):
+        def forward(self, *args, **more):
+            out = super().forward(*args, **more)
+            out.last_hidden_state = 2 * out.last_hidden_state
+            return out
+    model.model.__class__ = Trunk
+
+
+def transposed(model):
+    """A weight whose rows do not lie in a row."""
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.T.contiguous().T)
+
+
 def replaced(model):
     """Another forward of one norm only."""
     norm = model.model.layers[1].post_attention_layernorm
@@ -825,7 +860,7 @@ def replaced(model):
 
 @pytest.mark.parametrize("change,fields", [
     (None, dict(mlp_bias=True)), (None, dict(hidden_act="gelu")), (adapted, {}), (hooked, {}),
-    (replaced, {})])
+    (hooked_before, {}), (replaced, {}), (other_norm, {}), (other_trunk, {}), (transposed, {})])
 @torch.no_grad()
 def test_decode_of_layers_that_the_kernels_do_not_serve(change, fields):
     """The mixers' kernels run, attention and MLP stay transformers' own."""
@@ -835,6 +870,34 @@ def test_decode_of_layers_that_the_kernels_do_not_serve(change, fields):
             change(student)
         assert not M.MixerCache.allocate(student, 1).kernels_serve
         follow_schedule(student, seed=1, ring=4, rounds=2, tol=1e-3)
+
+
+@torch.no_grad()
+def test_hooks_that_leave_the_kernels_right():
+    """transformers' own, which record outputs and stay, and those of a module that is called."""
+    with kernels():
+        student, tokens = make_student([1], layers=2, dtype=torch.float32), draw(1, 9).to(DEVICE)
+        student.model(tokens, output_hidden_states=True, use_cache=False)
+        student.model.embed_tokens.register_forward_hook(lambda module, inputs, x: 2 * x)
+        assert M.MixerCache.allocate(student, 1).kernels_serve
+        follow_schedule(student, seed=1, ring=4, rounds=2, tol=1e-3)
+
+
+def test_a_gpu_model_without_kernels_keeps_its_linear_layers():
+    """float64, autocast, no Triton: nn.Linear is only swapped for `layers_by_kernels` or a CPU."""
+    model, forward = make_student([1], layers=2), torch.nn.Linear.forward
+    with M.few_tokens(model, SimpleNamespace(is_cuda=True, numel=lambda: 1), False):
+        assert torch.nn.Linear.forward is forward
+    with M.few_tokens(model, SimpleNamespace(is_cuda=True, numel=lambda: 1), True):
+        assert torch.nn.Linear.forward is M.linear_of_few
+    assert torch.nn.Linear.forward is forward
+
+
+def test_tiles_are_wide_enough_for_products():
+    """On a GPU a product takes 16 terms or more, in the interpreter any number."""
+    for N in 4, 8, 12, 16, 64, 128:
+        _, BN, BR, *_ = M.tile_sizes(True, 1, 4, N, N, 1, 4)
+        assert BN >= 16 and BR >= 16
 
 
 @torch.no_grad()
@@ -2179,6 +2242,15 @@ def test_sampled_distribution(settings, kind):
     cell = torch.stack(got.tokens) @ torch.tensor([vocab ** 2, vocab, 1])
     assert chi_square_z(cell.bincount(minlength=vocab ** 3), p) < 3.5
     assert got.accepted > 0 and got.accepted < got.drafted
+
+
+def test_argmax_in_blocks():
+    """What `greedy` does on a GPU: the first of equal words, in bf16 there are many."""
+    torch.manual_seed(0)
+    for V, block in (96, 32), (600, 120), (600, 600), (7, 1):
+        logits = torch.randn(2, 3, V).bfloat16().float()
+        logits[0, 0] = 1
+        assert torch.equal(S.argmax_in_blocks(logits, block), logits.argmax(-1))
 
 
 def test_plain_sampling_distribution():
