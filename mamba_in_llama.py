@@ -698,8 +698,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     B, C = B + row * T * B_row + gb, C + row * T * C_row + h * N
     ring_x, ring_dt = ring_x + row * SLOTS * (GX * P) + gx, ring_dt + row * SLOTS * H + h
     ring_B, state = ring_B + row * SLOTS * (GB * N) + gb, state + (row * H * P + hp) * N
-    if z is not None:
-        z += row * T * z_row + hp
+    z = None if z is None else z + row * T * z_row + hp
     if AHEAD:
         prefetch(state + p[:, None] * N, N)
     wait_previous()
@@ -730,8 +729,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     ring_x += slot[:, None] * (GX * P)                                  # (BR,BP)
     x_s = tl.load(tl.where(old, ring_x, x + now[:, None] * x_row))      # (BR,BP)
     old_delta, dt_s = tl.load(ring_dt + slot * H), tl.load(dt + now * dt_row)
-    if z is not None:
-        gate = tl.load(z + last * z_row + p[None, :])                   # (BT,BP)
+    gate = None if z is None else tl.load(z + last * z_row + p[None, :])            # (BT,BP)
     B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
     start_next()            # at the top it cost a row 2 us, after the products 0.5
@@ -820,8 +818,7 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     B, C, state = B + row * T * B_row, C + row * T * C_row, state + row * (H * P * N)
     ring_x, ring_B = ring_x + row * SLOTS * (GX * P), ring_B + row * SLOTS * (GB * N)
     ring_dt += row * SLOTS * (H * P)
-    if z is not None:
-        z += row * T * z_row
+    z = None if z is None else z + row * T * z_row
     head = first // P                                                   # of the first channel
     W: tl.constexpr = triton.cdiv(BP, P) * N
     x_0, B_0 = group(head, H, GX, RUNS) * P + first % P, group(head, H, GB, RUNS) * N
@@ -852,8 +849,7 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     x, dt, ring_x, ring_dt, ring_B = x + gx, dt + j, ring_x + gx, ring_dt + j, ring_B + gb
     B, C = B + gb, C + h[:, None, None] * N + n
     zs, xs, ds, Bs, Cs = (), (), (), (), ()                             # one entry per token
-    if z is not None:
-        z += j
+    z = None if z is None else z + j
     shift = tl.load(bias + j)
     skip = 0.0 if D is None else tl.load(D + j)
     start_next()
