@@ -836,8 +836,8 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
         prefetch(A + first * N, BP * N)
     wait_previous()
     base, length, pending = tl.load(counts), tl.load(counts + b), tl.load(counts + 2 * b)
-    old = tl.minimum(tl.arange(0, 8), tl.maximum(length + pending - base - 1, 0))[:, None]
-    old = (base + old) % SLOTS                                                      # (8,1)
+    n_old = length + pending - base
+    old = (base + tl.minimum(tl.arange(0, 8), tl.maximum(n_old - 1, 0))[:, None]) % SLOTS   # (8,1)
     prefetch(ring_x + x_0 + old * (GX * P), BP)
     prefetch(ring_dt + first + old * (H * P), BP)
     prefetch(ring_B + B_0 + old * (GB * N), W)
@@ -857,7 +857,6 @@ def mamba_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B, 
     for t in tl.static_range(-BT, T):
         # 1. before the first token, replay; a flush writes the state after the last committed one
         if t == 0:
-            n_old = length + pending - base
             fold = tl.where(n_old + T > ring, length - base, 0)
             if fold > 0:
                 h_t = replay(h_t, a, ring_x, ring_dt, ring_B, in_n, base, base - base, fold, SLOTS,
