@@ -1527,9 +1527,8 @@ def layers_by_kernels(model, tokens, positions, cache):
     tokens, positions (b,T) -> (b,T,D), normed
     """
     trunk = model.model
-    x, angles = trunk.embed_tokens(tokens), None                                # (b,T,D)
-    if cache.has_attention or model.config.rope:
-        angles = trunk.rotary_emb(x, positions)
+    x = trunk.embed_tokens(tokens)                                              # (b,T,D)
+    angles = trunk.rotary_emb(x, positions) if cache.has_attention or model.config.rope else None
     for i, layer in enumerate(trunk.layers):
         u, mixer, mlp = norm_by_kernel(layer.input_layernorm, x), layer.self_attn, layer.mlp
         if isinstance(mixer, Mixer):
