@@ -1064,10 +1064,9 @@ class MixerCache:
             shape = (batch_size, heads, max_length // 8 * 8 + 8, mixer.head_dim)
             layers.append(AttentionState(*(torch.zeros(shape, **like) for _ in "kv")))
             if serve:
-                weights[i] = [torch.cat(tensors) for tensors in zip(*(
-                    (part.weight, part.weight.new_zeros(part.out_features)
-                     if part.bias is None else part.bias)
-                    for part in (mixer.q_proj, mixer.k_proj, mixer.v_proj)))]
+                qkv = mixer.q_proj, mixer.k_proj, mixer.v_proj          # all with a bias, or none
+                weights[i] = [None if parts[0] is None else torch.cat(parts)
+                              for parts in zip(*((part.weight, part.bias) for part in qkv))]
         counts = torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device)
         return cls(layers, counts, ring, max_length, weights, serve)
 
