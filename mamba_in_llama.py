@@ -1766,11 +1766,10 @@ class Mixer(nn.Module):
 
     def forward(self, hidden_states, position_embeddings=None, token_mask=None, **kwargs):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None)."""
-        proj = self.in_proj(hidden_states)                                     # (b,l,rows)
-        return self.out_proj(self.mix(proj, position_embeddings, kwargs.get(CACHE),
-                                      token_mask)), None
+        cache, proj = kwargs.get(CACHE), self.in_proj(hidden_states)           # (b,l,rows)
+        return self.out_proj(self.mix(proj, position_embeddings, cache, token_mask)), None
 
-    def mix(self, proj, position_embeddings=None, cache=None, token_mask=None):
+    def mix(self, proj, position_embeddings, cache, token_mask=None):
         """All between the projections. proj (b,l,rows) -> y (b,l,d_inner)"""
         config, H = self.config, self.H
         if token_mask is not None:                  # padding: nothing enters the convolution
