@@ -470,7 +470,7 @@ def use_triton(impl, state):
 
 
 def launch(kernel, batch, grid, x, *args, **options):
-    """kernel[grid](x, *args) for `batch` rows on the current GPU; it calls `wait_previous`."""
+    """kernel[grid](x, *args) for `batch` rows, on the current GPU; kernels call `wait_previous`."""
     if batch <= 256 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
         options["launch_pdl"] = True        # 4096 rows of SmolLM2 were 1.5 % slower with it
     kernel[grid](x, *args, **options)
@@ -731,7 +731,7 @@ def mamba2_kernel(x, dt, B, C, A, bias, D, z, y, state, ring_x, ring_dt, ring_B,
     gate = None if z is None else tl.load(z + last * z_row + p[None, :])            # (BT,BP)
     B = n + tl.where(old, ring_B + slot[:, None] * (GB * N), B + now[:, None] * B_row)  # (BR,BN)
 
-    start_next()            # at the top it cost a row 2 us, after the products 0.5
+    start_next()            # at the top it cost 2 us more at batch 1, after the products 0.5
     # h C_t and B_s . C_t, summed over chunks of the state
     seen, scores = tl.zeros((BP, BT), tl.float32), tl.zeros((BR, BT), tl.float32)
     for i in range(0, N, BN):
@@ -1446,7 +1446,7 @@ def norm_kernel(x, weight, eps, out, n, BN: tl.constexpr):
 def norm_by_kernel(norm, x):
     """Stands for the forward of an RMSNorm, in one launch: of 4096 values 2.5 us (H100), where
     F.rms_norm takes 6.2. x (b,T,D)"""
-    x, D, out = x.contiguous(), x.shape[-1], x.new_empty(x.shape)
+    D, out = x.shape[-1], torch.empty_like(x)
     launch(norm_kernel, len(x), (x.numel() // D,), x, norm.weight, norm.variance_epsilon, out, D,
            triton.next_power_of_2(D), num_warps=4)
     return out
@@ -1471,7 +1471,7 @@ def product_kernel(x, W, bias, gate, total, y, x_row, rows, n, k, BM: tl.constex
     """
     start_next()
     j, m, i = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
-    row = j.to(tl.int64)[:, None] * k                                   # (BN,1)
+    row = tl.minimum(j, n - 1).to(tl.int64)[:, None] * k                # (BN,1)
     prefetch(W + row, AHEAD)
     wait_previous()
     row += i[None, :]                                                   # (BN,BK)
@@ -1513,9 +1513,11 @@ def product_by_kernel(x, W, bias=None, gate=None, total=None):
     y = x.new_empty(*x.shape[:2], n) if total is None else total
     x, BM, BN, BK = x.reshape(rows, k), 8 if rows <= 8 else 16, 16, 512 // x.element_size()
     tile = 512 * (BM + (BN if gate is None else 2 * BN))                # bytes
-    memory = x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    memory = x.is_cuda and getattr(torch.cuda.get_device_properties(x.device),
+                                   "shared_memory_per_block_optin", 48 << 10)
     launch(product_kernel, rows, (triton.cdiv(n, BN),), x, W, bias, gate, total, y, x.stride(0),
-           rows, n, k, BM, BN, BK, 4 * BK, num_warps=1, num_stages=min(6, 1 + memory // tile))
+           rows, n, k, BM, BN, BK, min(4 * BK, k), num_warps=1,
+           num_stages=min(6, 1 + memory // tile))
     return y
 
 
