@@ -6,1188 +6,995 @@
                 ok ok  x  -                     FirstConflict: d1, d2 stay; d3 and all after fall
     emitted     d1 d2 y                         y: the target's own token at the conflict
 
-y0 is the token emitted last. An RNN has one big state and cannot rewind it; the cache keeps an old
-state and the inputs since, so that a rejected token is one that is not counted (sections 3 and 4
-of mamba_in_llama.py).
+y0 is the token emitted last. A key/value cache rewinds by moving a pointer; an RNN's one big state
+cannot rewind. So an old state is kept, and the inputs since: a rejected token is one that is not
+counted, and the state moves on only over tokens that stand.
 
-Glossary, with the paper's letters:
+Glossary, with the paper's letters (those of the mixers: mamba_in_llama.py):
     b, T, V      batch rows, tokens of one call, vocabulary
     K            lookahead: tokens drafted per round
     p, q         distributions of the target and of the draft, after temperature, top-k, top-p
+    base         tokens inside the state, the paper's h_i; committed: tokens that stand, up to its
+                 j; pending: tokens decoded since the last commit, up to its k
+    ring, slot   the inputs of recent tokens; the token at position s stands in slot s % slots
     # Gen        tokens a round yields: accepted ones plus one, between 1 and K + 1
 
-Contents:  1 sampling   2 rows of a batch   3 plain decoding   4 drafts   5 Algorithm 2
-           6 the authors' checkpoints   7 timing   8 needle in a haystack   9 command line
+Contents:  1 MultiStep   2 the cache that rolls back, prefill, decode   3 sampling, rows of a batch
+           4 the copy that decodes, CUDA graphs   5 drafts   6 Algorithm 2, plain decoding
+           7 the authors' checkpoints   8 command line.   Timing and pictures: test_all.py
 
     python spec_decode.py --tiny
     python spec_decode.py --target DIR --draft ngram:3 --prompt "Once upon a time"
 """
 
+import argparse
 import copy
 import json
 import math
 import os
-import random
 import sys
+import threading
 import time
-import timeit
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import timer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import GenerationConfig
 from transformers.modeling_utils import load_state_dict
+from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file
 
 import mamba_in_llama as M
-from mamba_in_llama import MixerCache, require
+from mamba_in_llama import require
 
-# ---------------------------------------------------------------------------------------------
-# 1. Sampling: one rule for p and q. Temperature 0 is the argmax.
-# ---------------------------------------------------------------------------------------------
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                       # no Triton on this platform: the PyTorch form serves
+    triton = None
 
+# ---- 1. MultiStep: replay what was accepted, go on for T tokens, touch the state once. --------
+# States are too big to keep one per token, so one stays behind; committed tokens enter it when the
+# ring is full (the flush), rejected ones never.
 
-def argmax_in_blocks(logits, block):
-    """The first argmax, of blocks of that many words first. logits (..., V) -> (...)"""
-    best, word = logits.unflatten(-1, (-1, block)).max(-1)                      # (..., V/block)
-    first = best.argmax(-1, keepdim=True)                                       # (..., 1)
-    return (word.gather(-1, first) + first * block)[..., 0]
+def multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs):
+    """The paper's MultiStep, by definition: T new tokens a row, from a state that lags behind.
+    counts (3,b): base, committed, pending. The new tokens' inputs stand in the rings already,
+    behind those of the pending ones; ring_dt holds Delta. Tokens from base on are replayed. A row
+    that would hold more than `ring` tokens since base first folds the committed ones into its
+    state, in place; ring = 0 does so in every call, which is the MultiStep that the paper prints.
+    The counts stay as they are: the caller moves base in rows that folded (`decode`).
+    C (b,T,H,N)  A (H,p',n')  state (b,H,P,N)  ring_x (b,slots,Gx,P)  ring_dt (b,slots,H,p')
+    ring_B (b,slots,G,N) -> y (b,T,H,P)"""
+    T, H = C.shape[1:3]
+    slots = ring_x.shape[1]
+    base, committed, pending = counts[..., None].unbind()               # (b,1) each
+    first = committed + pending
+    # 1. old and new inputs in order of time, one copy per head, in the state's precision
+    most = slots // 2 if C.is_cuda else int((first - base).max())       # a free read on a CPU
+    s = first + torch.arange(-most, T, device=C.device)                 # (b,most+T) positions
+    row = torch.arange(len(C), device=C.device)[:, None]                # (b,1)
+    x = M.to_heads(ring_x[row, s % slots].to(state.dtype), H, runs)     # (b,most+T,H,P)
+    B = M.to_heads(ring_B[row, s % slots].to(state.dtype), H, runs)     # (b,most+T,H,N)
+    C = F.pad(C.to(state.dtype), (0, 0, 0, 0, most, 0))                 # (b,most+T,H,N)
+    delta = ring_dt[row, s % slots]                                     # (b,most+T,H,p')
+    scan = M.recurrence if A.shape[-1] > 1 or s.shape[1] < 4 else M.mamba2_scan
+    # 2. the flush: a token with Delta 0 leaves the state as it is, so one scan serves all rows
+    begin = torch.where(first - base + T > ring, committed, base)       # (b,1)
+    folds = (s >= base) & (s < begin)                                   # (b,most+T)
+    if C.is_cuda or folds.any():
+        _, folded = scan(x, delta * folds[..., None, None], A, B, B, state)
+        state.copy_(folded)
+    # 3. replay, and go on
+    missing = s >= begin                                                # (b,most+T)
+    y, _ = scan(x, delta * missing[..., None, None], A, B, C, state)
+    return y[:, most:].to(ring_x.dtype).contiguous()
 
+if triton is not None:
+    INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-def greedy(logits):
-    """The argmax; over a row of 128k words torch's takes 37 us, since it keeps one of an H100's 132
-    processors busy. logits (..., V) -> (...)"""
-    block = math.gcd(logits.shape[-1], 480)                                     # divides V
-    return argmax_in_blocks(logits, block) if logits.is_cuda and block > 15 else logits.argmax(-1)
+    @triton.jit
+    def dot(a, b, acc):
+        """acc + a @ b in fp32. The interpreter has no bf16 product: it would take the raw bits."""
+        if INTERPRET:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="tf32x3")
 
+    @triton.jit
+    def product(a, b, acc, TERMS: tl.constexpr):
+        """acc + a @ b, a in fp32. A bf16 b meets a as TERMS parts of bf16's 8 bits each: one bf16
+        or TF32 product would leave an error of 1e-3 in the state."""
+        if b.dtype == tl.float32:
+            return dot(a, b, acc)
+        for _ in tl.static_range(TERMS):        # cut, not rounded: that would be a slow conversion
+            part = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            acc = dot(part.to(b.dtype), b, acc)
+            a -= part
+        return acc
+
+    @triton.jit
+    def mamba2_kernel(C, A, y, state, ring_x, ring_dt, ring_B, counts, ring, SLOTS, T,
+                      H, GX, GB, RUNS, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+                      BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+        """BP channels of one head of one row; the state in chunks of BN columns.
+        One head decays as a whole, so that a call is products for the tensor cores:
+        y_t = exp(cum_t) h_0 C_t + sum_{s<=t} (B_s . C_t) exp(cum_t - cum_s) Delta_s x_s.
+        Token s since base is row s of a tile of BR >= ring rows; output t is its row n_old + t.
+        Rows too many repeat the last one with Delta = 0: no load needs a mask. From memory come the
+        state, 4 N P bytes a head (a flush moves it twice more), and n_old + T tokens."""
+        head = tl.program_id(1)
+        row = tl.program_id(2)
+        rows = tl.num_programs(2)
+        base = tl.load(counts + row)
+        committed = tl.load(counts + rows + row)
+        n_old = committed + tl.load(counts + 2 * rows + row) - base
+        row = row.to(tl.int64)                                          # offsets pass 2^31
+        p = tl.program_id(0) * BP + tl.arange(0, BP)                    # (BP,)
+        n = tl.arange(0, BN)[None, :]                                   # (1,BN)
+        s = tl.arange(0, BR)                                            # (BR,)
+        t = tl.arange(0, BT)                                            # (BT,)
+        # from here on the pointers are those of this row, head (its group, as in `to_heads`), p
+        gx = head // (H // GX * RUNS) * RUNS + head % RUNS
+        gb = head // (H // GB * RUNS) * RUNS + head % RUNS
+        ring_x += (row * SLOTS * GX + gx) * P + p[None, :]              # (1,BP)
+        ring_B += (row * SLOTS * GB + gb) * N + n                       # (1,BN)
+        ring_dt += row * SLOTS * H + head
+        state += ((row * H + head) * P + p[:, None]) * N + n            # (BP,BN)
+        C += ((row * T + tl.minimum(t, T - 1)[:, None]) * H + head) * N + n             # (BT,BN)
+        a = tl.load(A + head)
+        # 1. the flush: committed tokens enter the state, and base moves behind them
+        if n_old + T > ring:
+            n_fold = committed - base
+            slot = (base + tl.minimum(s, tl.maximum(n_fold - 1, 0))) % SLOTS            # (BR,)
+            delta = tl.where(s < n_fold, tl.load(ring_dt + slot * H), 0)
+            decay = delta * a           # 1-D: a cumsum over (BR,1) came out wrong on an H100
+            to_end = tl.exp(tl.minimum(tl.cumsum(decay, reverse=True) - decay, 0))
+            x_s = tl.load(ring_x + slot[:, None] * GX * P).to(tl.float32)               # (BR,BP)
+            u = tl.trans(x_s * (delta * to_end)[:, None])               # (BP,BR)
+            left = tl.exp(tl.sum(decay))                                # of the old state
+            for i in range(0, N, BN):
+                B_i = tl.load(ring_B + slot[:, None] * GB * N + i)      # (BR,BN)
+                h_i = tl.load(state + i)                                # (BP,BN)
+                tl.store(state + i, product(u, B_i, h_i * left, 3))
+            tl.debug_barrier()                                          # it is read again below
+            base = committed
+            n_old -= n_fold
+        # 2. h_0 C_t and B_s . C_t, summed over chunks of the state
+        slot = (base + tl.minimum(s, n_old + T - 1)) % SLOTS            # (BR,)
+        x_s = tl.load(ring_x + slot[:, None] * GX * P)                  # (BR,BP), asked for early
+        delta = tl.where(s < n_old + T, tl.load(ring_dt + slot * H), 0)     # (BR,)
+        seen = tl.zeros((BP, BT), tl.float32)
+        scores = tl.zeros((BR, BT), tl.float32)
+        for i in range(0, N, BN):
+            h_i = tl.load(state + i, eviction_policy="evict_first")     # (BP,BN)
+            B_i = tl.load(ring_B + slot[:, None] * GB * N + i)          # (BR,BN)
+            C_i = tl.load(C + i).to(B_i.dtype)                          # (BT,BN)
+            seen = product(h_i, tl.trans(C_i), seen, 2)
+            scores = dot(B_i, tl.trans(C_i), scores)
+        # 3. tokens among themselves, weighted by the decay between them
+        decay = delta * a                                               # (BR,)
+        causal = s[:, None] <= n_old + t[None, :]                       # (BR,BT)
+        cum_s = tl.cumsum(decay)[:, None]                               # (BR,1)
+        cum_t = tl.sum(tl.where(causal, decay[:, None], 0), 0)[None, :]     # (1,BT)
+        scores *= tl.exp(tl.minimum(cum_t - cum_s, 0)) * delta[:, None]
+        scores = tl.where(causal, scores, 0)
+        out = product(tl.trans(scores), x_s, tl.trans(seen * tl.exp(cum_t)), 2)     # (BT,BP)
+        tl.store(y + ((row * T + t[:, None]) * H + head) * P + p[None, :], out, mask=t[:, None] < T)
+
+@torch.library.custom_op("mamba_in_llama::multi_step", mutates_args={"state"})
+def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: torch.Tensor,
+               ring_dt: torch.Tensor, ring_B: torch.Tensor, counts: torch.Tensor, ring: int,
+               runs: int) -> torch.Tensor:
+    """MultiStep by its fastest form: the one dispatch; for torch.compile, one opaque operation.
+    Mamba's kernel is the other file's: it stores the state after the committed tokens (ring 0).
+    Mamba2's cuts a small batch fine, so that all processors have work; a large one needs many loads
+    in flight. Four warps share the products of many tokens. Shapes: `multi_step_definition`"""
+    mamba2 = A.shape[-1] == 1
+    if not M.use_triton(state.dtype, state.device) or mamba2 and C.shape[-1] % 16:  # a tile's side
+        return multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs)
+    if not mamba2:
+        return M.run_step_kernel(ring_x, ring_dt, A, ring_B, C, state, counts)
+    b, T, H, N = C.shape
+    slots, GX, P = ring_x.shape[1:]
+    BP = min(P & -P, 64 if b * H >= 1024 and N > 64 else 32)            # P & -P: the largest
+    BN = min(N & -N, 64 if N > 64 else 32)                              # power of 2 in P
+    BR = max(16, triton.next_power_of_2(ring))
+    BT = max(16, triton.next_power_of_2(T))
+    warps = 4 if b * H < 128 and T > 4 else 2
+    y = ring_x.new_empty(b, T, H, P)
+    with torch.cuda.device_of(C):
+        mamba2_kernel[P // BP, H, b](
+            C.contiguous(), A, y, state, ring_x, ring_dt, ring_B, counts, ring, slots, T, H, GX,
+            ring_B.shape[2], runs, P, N, BP, BN, BR, BT, num_warps=warps if P % 32 == 0 else 1)
+    return y
+
+@multi_step.register_fake
+def shape_of_multi_step(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs):
+    """What torch.compile knows of it. -> y (b,T,H,P)"""
+    return ring_x.new_empty(*C.shape[:3], state.shape[2])
+
+# ---- 2. The cache that rolls back: a state and rings per mixer, static K and V per attention. -
+
+@dataclass
+class Call:
+    """What all layers of a call share: how far each row is, and where its new tokens go."""
+    counts: torch.Tensor                    # (3,b) int32: base, committed, pending
+    row: torch.Tensor                       # (b,1) 0, 1, ...
+    prompt: bool = False                    # nothing stands before it, and all of it stands
+    slots: torch.Tensor | None = None       # (b,W-1+T) of the new tokens and those before them
+    columns: torch.Tensor | None = None     # (b,T) of the new tokens in K and V
+    visible: int = 0                        # columns of K and V that are looked at
+
+class MixerState:
+    """One mixer's part of a `MixerCache`. It is asked what a mixer asks transformers' cache: the
+    columns before these (`update_conv_state`), and to scan these inputs (`multi_step`)."""
+    def __init__(self, mixer, cache, zeros):
+        """Twice as many slots as `ring`, since old and new tokens are in them at once, and those
+        that the convolution looks back on. Mamba's kernel wants one x and B per head."""
+        b = len(cache.call.row)
+        slots = 2 * cache.ring + mixer.d_conv - 1
+        groups = mixer.H if mixer.per_channel else mixer.G
+        channels = mixer.N if mixer.per_channel else 1
+        wide = torch.promote_types(zeros(1).dtype, torch.float32)
+        self.call = cache.call
+        self.d_conv = mixer.d_conv
+        self.fold_at = 0 if mixer.per_channel else cache.ring               # `ring` of multi_step
+        self.state = zeros(b, mixer.H, mixer.N, mixer.N, dtype=wide)        # (b,H,P,N) behind
+        self.ring_x = zeros(b, slots, groups, mixer.N)                      # (b,slots,Gx,P)
+        self.ring_B = zeros(b, slots, groups, mixer.N)                      # (b,slots,G,N)
+        self.ring_dt = zeros(b, slots, mixer.H, channels, dtype=wide)       # (b,slots,H,p') Delta
+        self.ring_u = zeros(b, slots, len(mixer.conv1d.weight))             # (b,slots,c) raw inputs
+
+    def write(self, ring, values):
+        """Keep values (b,T,...) of the new tokens; of a long prompt, what a ring can hold."""
+        slots = self.call.slots[:, self.d_conv - 1:][:, -ring.shape[1]:]    # (b,T)
+        ring[self.call.row, slots] = values[:, -slots.shape[1]:].to(ring.dtype)
+
+    def update_conv_state(self, columns, layer_idx, conv_kernel_size):
+        """Keep new raw inputs; -> what the convolution sees. columns (b,c,T) -> (b,c,W-1+T)"""
+        before = self.ring_u[self.call.row, self.call.slots[:, :conv_kernel_size]]  # (b,W-1,c)
+        self.write(self.ring_u, columns.mT)
+        return torch.cat((before.to(columns.dtype), columns.mT), 1).mT
+
+    def multi_step(self, layer_idx, x, dt, B, C, A, dt_bias, D, z, runs):
+        """`scan_inputs` for tokens that may be taken back; a prompt's all stand. Shapes there."""
+        if self.call.prompt:
+            y, state = M.scan_inputs(x, dt, B, C, A, dt_bias, D, z, self.state, runs)
+            self.state.copy_(state)
+            return y
+        groups = self.ring_x.shape[2]
+        self.write(self.ring_x, M.to_heads(x, groups, runs))
+        self.write(self.ring_B, M.to_heads(B, groups, runs))
+        self.write(self.ring_dt, F.softplus(dt + dt_bias))
+        y = multi_step(C, A, self.state, self.ring_x, self.ring_dt, self.ring_B, self.call.counts,
+                       self.fold_at, runs)                                  # (b,T,H,P)
+        return (y + D * M.to_heads(x, C.shape[2], runs)) * F.silu(z)
+
+class AttentionState:
+    """One attention layer's part of a `MixerCache`: K and V by position. Rows rewind by their
+    count, nothing is erased; the last column takes what is thrown away."""
+    def __init__(self, attention, cache, zeros):
+        """GPU products over a width that is no multiple of 8 take twice the time."""
+        config = attention.config
+        width = cache.max_length // 8 * 8 + 8
+        self.call = cache.call
+        self.window = math.inf          # positions that a token sees: Llama all, Mistral some,
+        if config.model_type != "llama":                                    # Qwen2 by layer
+            self.window = getattr(attention, "sliding_window", config.sliding_window) or math.inf
+        self.k = zeros(len(cache.call.row), config.num_key_value_heads, width, attention.head_dim)
+        self.v = torch.zeros_like(self.k)                                   # (b,G,width,d) both
+
+    def update(self, k, v, layer_idx, *args, **kwargs):
+        """Keep new k, v (b,G,T,d). -> (b,G,visible,d) each, what the tokens may look at"""
+        call = self.call
+        self.k[call.row, :, call.columns] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[call.row, :, call.columns] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[:, :, :call.visible], self.v[:, :, :call.visible]
+
+class MixerCache:
+    """All that a decoder remembers, hybrid or plain. `decode` makes tokens pending, `commit`
+    decides how many of them stand; to roll back, commit fewer than are pending."""
+    @classmethod
+    @torch.no_grad()
+    def allocate(cls, model, batch_size, max_length=None, ring=16):
+        """An empty cache for a Llama, Mistral, Qwen2 or a hybrid of them. max_length: tokens of a
+        row in attention layers (default: the context). ring: most tokens between two commits."""
+        require(min(batch_size, ring) >= 1, f"batch_size {batch_size}, ring {ring}: want 1 or more")
+        M.check_family(model, "the cache's model")
+        rope = (model.model.config.rope_parameters or {}).get("rope_type")
+        require(rope not in ("dynamic", "longrope"), f"RoPE {rope!r} changes with a call's length")
+        weight = model.get_input_embeddings().weight
+        cache = cls()
+        cache.ring = ring
+        cache.max_length = max_length or model.config.max_position_embeddings
+        cache.open = 0                          # the host's copy of the largest pending count
+        cache.call = Call(torch.zeros(3, batch_size, dtype=torch.int32, device=weight.device),
+                          torch.arange(batch_size, device=weight.device)[:, None])
+        cache.run_layer = run_layer             # or what torch.compile made of it
+        cache.layers = []
+        for layer in model.model.layers:
+            # by name: a model loaded by trust_remote_code has classes of its own
+            kind = MixerState if hasattr(layer.self_attn, "in_proj") else AttentionState
+            cache.layers.append(kind(layer.self_attn, cache, weight.new_zeros))
+        cache.mixers = [part for part in cache.layers if isinstance(part, MixerState)]
+        cache.attention = [part for part in cache.layers if isinstance(part, AttentionState)]
+        return cache
+
+    def commit(self, n_accepted):
+        """Keep the first n_accepted (b,) tokens decoded since the last commit, drop the rest.
+        A wrong count raises ValueError on the CPU; on CUDA, where looking would wait, it is cut."""
+        counts = self.call.counts
+        n = torch.as_tensor(n_accepted, device=counts.device, dtype=torch.int32)
+        stands = n.clamp(min=0).minimum(counts[2])                          # (b,)
+        if not n.is_cuda:
+            require(bool((stands == n).all()), f"commit of {n} of {counts[2]} tokens")
+        counts[1] += stands
+        counts[2].zero_()
+        self.open = 0
+
+def run_layer(layer, hidden, mask, angles, part, token_mask=None):
+    """One decoder layer, attention or mixer, with its part of the cache. It is what --compile
+    compiles: once per kind of layer, since nothing in it depends on the layer's number.
+    hidden (b,T,D)  mask (b,1,T,.) or None  angles: cos, sin (b,T,d) -> (b,T,D)"""
+    return layer(hidden, attention_mask=mask, position_embeddings=angles, use_cache=False,
+                 token_mask=token_mask, **{M.CACHE: part})
+
+def run_layers(model, tokens, first, n_valid, cache, prompt=False, token_mask=None):
+    """The forward pass of transformers' Llama, Mistral and Qwen2, layer by layer. A row's tokens
+    stand at positions first, first + 1, ..., below 0 is padding; the first n_valid of them count.
+    tokens, token_mask (b,T)  first, n_valid (b,) -> hidden states (b,T,D)"""
+    # 1. where the tokens go
+    check_vocabulary(model, tokens)
+    call = cache.call
+    call.prompt = prompt
+    T = tokens.shape[1]
+    step = torch.arange(T, device=tokens.device)
+    positions = first[:, None].long() + step                                # (b,T)
+    kept = (step < n_valid[:, None]) & (positions >= 0) & (positions < cache.max_length)
+    call.columns = positions.masked_fill(~kept, -1)                         # (b,T)
+    for part in cache.mixers[:1]:               # the same slots in all mixers
+        back = torch.arange(1 - part.d_conv, 0, device=tokens.device)
+        both = torch.cat((positions[:, :1] + back, positions), 1)           # (b,W-1+T)
+        call.slots = both % part.ring_u.shape[1]
+    # 2. who may look where: numbers that are added to scores, 0 or -inf, for each kind of window
+    t = positions[:, :, None].clamp(min=0)                                  # (b,T,1)
+    s = torch.arange(call.visible, device=tokens.device)                    # (visible,)
+    windows = {part.window for part in cache.attention}
+    if prompt and token_mask is None and model.model.config._attn_implementation == "sdpa":
+        windows = {window for window in windows if window < T}      # sdpa itself is causal, faster
+    masks = {}
+    for window in windows:
+        hides = (s > t) | (s <= t - window)                                 # (b,T,visible)
+        mask = model.model.norm.weight.new_zeros(hides.shape).masked_fill_(hides, -math.inf)
+        masks[window] = mask[:, None]                                       # (b,1,T,visible)
+    # 3. the layers
+    run = run_layer if prompt else cache.run_layer
+    hidden = model.model.embed_tokens(tokens)                               # (b,T,D)
+    angles = model.model.rotary_emb(hidden, position_ids=t[..., 0])
+    for layer, part in zip(model.model.layers, cache.layers):
+        mask = masks.get(getattr(part, "window", None))
+        hidden = run(layer, hidden, mask, angles, part, token_mask)
+    return model.model.norm(hidden)
+
+def check_vocabulary(model, tokens):
+    """ValueError for ids that the model does not know (on the CPU, where looking is free)."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if not tokens.is_cuda:
+        bad = tokens[(tokens < 0) | (tokens >= vocab)].tolist()
+        require(not bad, f"token {bad[:1]} is outside the vocabulary of {vocab}")
+
+@torch.no_grad()
+def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
+    """Take a whole prompt into an empty cache, all of it committed; left padding by the mask.
+    tokens (b,l)  attention_mask (b,l) or None -> logits (b,logits_to_keep,V), 0 keeps all"""
+    l = tokens.shape[1]
+    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
+    require(not cache.call.counts.any(), "prefill wants an empty cache")
+    require(l >= 1, "the prompt is empty")
+    require(mask.shape == tokens.shape, f"attention_mask {mask.shape} for tokens {tokens.shape}")
+    require(bool((mask.diff() >= 0).all()), "prefill takes padding on the left only")
+    length = mask.sum(-1)                                                   # (b,)
+    longest = int(length.max())
+    fits = longest <= cache.max_length or not cache.attention
+    require(fits, f"prompt: {longest} tokens, but room for {cache.max_length}")
+    cache.call.visible = longest
+    real = mask.bool() if int(length.min()) < l else None                   # (b,l)
+    hidden = run_layers(model, tokens, length - l, torch.full_like(length, l), cache, True, real)
+    cache.call.counts[:2] = length
+    return model.get_output_embeddings()(hidden[:, -logits_to_keep:])
+
+@torch.no_grad()
+def decode(model, tokens, cache, n_valid=None):
+    """T more tokens a row, provisional until `cache.commit`; rows may bring fewer (n_valid).
+    All counts stay on the device: on CUDA one captured graph serves every call of this shape.
+    tokens (b,T)  n_valid (b,) int32 or None -> logits (b,T,V)"""
+    call = cache.call
+    T = tokens.shape[1]
+    require(1 <= T <= cache.ring - cache.open, f"{cache.open} + {T} tokens, a ring of {cache.ring}")
+    base, committed, pending = call.counts                                  # (b,) each
+    first = committed + pending                                             # (b,)
+    brought = torch.full_like(first, T) if n_valid is None else n_valid.int()       # (b,)
+    if cache.attention:
+        call.visible = cache.attention[0].k.shape[2]
+        longest = 0 if tokens.is_cuda else int((first + brought).max())     # a free read on a CPU
+        require(longest <= cache.max_length, f"{longest} tokens, but room for {cache.max_length}")
+    hidden = run_layers(model, tokens, first, brought, cache)               # (b,T,D)
+    if cache.mixers:                                                        # as `multi_step` did
+        folded = first - base + T > cache.mixers[0].fold_at                 # (b,)
+        call.counts[0] = torch.where(folded, committed, base)
+    call.counts[2] += brought
+    cache.open += T
+    return model.get_output_embeddings()(hidden)
+
+# ---- 3. Sampling: one rule for p and q. The rows of a batch: what each has said, its end. -----
 
 @dataclass
 class Sampling:
     """How logits become a distribution, and that a token; the same for target and draft."""
-
-    temperature: float = 0.0           # 0: greedy
+    temperature: float = 0.0           # 0: greedy, the argmax
     top_k: int = 0                     # keep the k likeliest tokens; 0: all
     top_p: float = 1.0                 # then the fewest tokens that hold this much probability
     generator: torch.Generator | None = None
 
     def __post_init__(self):
-        require(self.temperature >= 0, f"temperature {self.temperature} must be at least 0")
+        """ValueError for what is no distribution. Below 1e-5 a division may overflow: greedy."""
+        require(0 <= self.temperature < 1e5, f"temperature {self.temperature} is not in 0..100000")
         require(self.top_k >= 0, f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
-
-    def shortlist(self, logits):
-        """The tokens that may be drawn, and their probabilities, at least in fp32.
-
-        Top-k is applied first, so that softmax and sampling see k numbers (say 50) instead of V
-        (say 49152). words, their ids, is None if no token is cut.
-
-        logits (..., V) -> p (..., k), words (..., k) or None
-        """
-        V, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
-        k, words = min(self.top_k or V, V), None
-        if self.temperature == 0:
-            words = greedy(logits)[..., None]
-            return torch.ones_like(words, dtype=wide), words
-        if k < V or self.top_p < 1:
-            logits, words = logits.topk(k)                  # the likeliest first
-        p = (logits.to(wide) / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            before = p.cumsum(-1) - p                       # the likeliest token always stays
-            p = p.masked_fill(before >= self.top_p, 0)
-            p = p / p.sum(-1, keepdim=True)
-        return p, words
+        if self.temperature < 1e-5:
+            self.temperature = 0.0
 
     def probabilities(self, logits):
-        """What is sampled from. logits (..., V) -> p (..., V)"""
-        p, words = self.shortlist(logits)
-        return p if words is None else p.new_zeros(logits.shape).scatter(-1, words, p)
+        """What is drawn from at temperatures above 0, at least fp32. logits (...,V) -> p (...,V)"""
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        if self.top_k == 0 and self.top_p == 1:
+            return scores.softmax(-1)
+        k = min(self.top_k or scores.shape[-1], scores.shape[-1])
+        ranked, words = scores.topk(k)                                  # (...,k) likeliest first
+        p = ranked.softmax(-1)
+        cut = (p.cumsum(-1) - p >= self.top_p) & (self.top_p < 1)       # never the likeliest
+        p = p.masked_fill(cut, 0)
+        return torch.zeros_like(scores).scatter(-1, words, p / p.sum(-1, keepdim=True))
 
     def draw(self, p):
         """One token from each distribution: argmax of p_i / E_i, E_i ~ Exp(1), independent.
-
         This draws i with probability p_i / sum(p). torch.multinomial does the same, but checks
-        its input on the host, which would wait for the GPU. p (..., V), any sum -> (...)
-        """
+        its input on the host, which would wait for the GPU. p (...,V), any sum -> (...)"""
         E = torch.empty_like(p).exponential_(generator=self.generator)
         return (p / E.clamp_(min=torch.finfo(p.dtype).tiny)).argmax(-1)
 
-    def choose(self, logits):
-        """logits (..., V) -> tokens (...)"""
-        if self.temperature == 0:
-            return greedy(logits)
-        p, words = self.shortlist(logits)
-        token = self.draw(p)
-        return token if words is None else words.gather(-1, token[..., None])[..., 0]
-
-
-# ---------------------------------------------------------------------------------------------
-# 2. The rows of a batch: what each has said, and when it ends. All of it stays on the device.
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class DecodeResult:
-    """What decoding returns; times exclude the prompt and the capture of CUDA graphs."""
-
+    """What decoding returns; times exclude the prompt, compiling and the capture of graphs."""
     tokens: list                       # b of (n,), the new tokens without the prompt
     rounds: int                        # calls of the target after the prompt
     drafted: int                       # tokens drafted, over all rows
     accepted: int                      # of these, accepted (before a cut at an end token)
     tokens_per_round: float            # "# Gen": mean over rows and rounds of accepted + 1
     seconds: float
-    tokens_per_second: float           # of all rows together, first tokens (the prompt's) excluded
-
+    tokens_per_second: float           # of all rows together
 
 @dataclass
 class Rows:
-    """Prompt and output of each row, left-aligned.
-
-    The token emitted last is in no cache yet: it is the first input of the next call, whose logits
-    verify the first drafted token. So length is the cache's length + 1 between rounds.
-    """
-
+    """Prompt and output of each row, left-aligned, all of it on the device. The last token is in no
+    cache yet: it begins the next call, whose first logits verify the first drafted token."""
     tokens: torch.Tensor               # (b,width+1) ids; the last column takes what is thrown away
-    length: torch.Tensor               # (b,) prompt and emitted tokens
+    length: torch.Tensor               # (b,) tokens of the prompt and emitted ones
     limit: torch.Tensor                # (b,) length at which the budget is spent
     alive: torch.Tensor                # (b,) bool, False before the start and once a row has ended
     ends: torch.Tensor                 # (e,) end tokens, may be empty
     tally: torch.Tensor                # (4,) rounds, rounds x live rows, drafted, accepted
 
-    @property
-    def last(self):
-        """(b,) the token emitted last."""
-        return self.tokens.gather(1, self.length[:, None] - 1)[:, 0]
-
     def append(self, block, n):
-        """Emit the first n (b,) tokens of block (b,T), cut after an end token and at the budget."""
-        t = torch.arange(block.shape[1], device=block.device)                       # (T,)
-        n = torch.where(self.alive, n.minimum(self.limit - self.length), 0)         # (b,)
-        is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])         # (b,T)
-        ended = is_end.any(-1)
+        """Emit the first n (b,) of tokens (b,K+1), cut after an end token and at the budget."""
+        alive = self.alive.long()                                       # (b,) ended rows are idle
+        rows = alive.sum()
+        self.tally += torch.stack([alive.amax(), rows, rows * (block.shape[1] - 1),
+                                   ((n - 1) * alive).sum()])
+        t = torch.arange(block.shape[1], device=block.device)           # (K+1,)
+        n = n.minimum(self.limit - self.length) * alive                 # (b,)
+        is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])     # (b,T)
+        ended = is_end.any(-1)                                          # (b,)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
+        at = self.length[:, None] + t                                   # (b,T)
         away = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
-        at = (self.length[:, None] + t).masked_fill(t >= n[:, None], away)          # (b,T)
-        self.tokens.scatter_(1, at, block)
+        self.tokens.scatter_(1, at.masked_fill(t >= n[:, None], away), block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
 
-    def count(self, drafted=0, accepted=0):
-        """A round is over: add (b,) drafted and accepted tokens; ended rows do not count."""
-        alive = self.alive.long()
-        self.tally += torch.stack([alive.amax(), alive.sum(), (drafted * alive).sum(),
-                                   (accepted * alive).sum()])
+    def result(self, max_new_tokens, seconds):
+        """-> DecodeResult"""
+        start = (self.limit - max_new_tokens).tolist()
+        tokens = [self.tokens[i, start[i]:n].clone() for i, n in enumerate(self.length.tolist())]
+        rounds, row_rounds, drafted, accepted = self.tally.tolist()
+        return DecodeResult(tokens, rounds, drafted, accepted, 1 + accepted / row_rounds, seconds,
+                            sum(len(row) for row in tokens) / seconds)
 
-
-def read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id):
-    """Check the request. input_ids: (b,l), or b 1-D tensors or lists -> Rows"""
-    device, vocab = target.get_input_embeddings().weight.device, target.config.vocab_size
+def read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id):
+    """Check the request. input_ids: (b,l), or b 1-D tensors or lists of ids -> Rows"""
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
     if isinstance(input_ids, torch.Tensor):
-        input_ids = torch.atleast_2d(input_ids.cpu())
-    prompts = [torch.as_tensor(p, dtype=torch.long).cpu() for p in input_ids]
-    require(prompts, "input_ids holds no prompts")
-    for i, p in enumerate(prompts):
-        require(p.ndim == 1 and len(p) > 0, f"prompt {i} of shape {tuple(p.shape)} is empty or not "
-                "a row of token ids")
-    ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
-    require(all(0 <= e < vocab for e in ends), f"end tokens {ends} are outside the target's "
-            f"vocabulary of {vocab}")
-    length = torch.tensor([len(p) for p in prompts])                            # (b,)
-    tokens = pad_sequence(prompts, batch_first=True)                            # (b,l)
-    M.check_vocabulary(target, tokens)
-    # spare columns: the last round may overshoot by K + 1 tokens, and a row that has ended still
-    # takes part in calls of K + 1 tokens until all have
-    tokens = F.pad(tokens, (0, max_new_tokens + 2 * lookahead + 2))             # (b,width+1)
-    return Rows(*(v.to(device) for v in (
-        tokens, length, length + max_new_tokens, torch.zeros_like(length, dtype=torch.bool),
-        torch.tensor(ends, dtype=torch.long), torch.zeros(4, dtype=torch.long))))
+        input_ids = torch.atleast_2d(input_ids)
+    prompts = [torch.as_tensor(ids, device="cpu") for ids in input_ids]
+    ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long).view(-1)
+    for ids in [*prompts, ends.cpu()]:
+        check_vocabulary(target, ids)
+    rows = [ids.ndim == 1 and len(ids) > 0 for ids in prompts]
+    require(rows and all(rows), f"a prompt is empty, or no row of tokens: {prompts}"[:100])
+    device = target.get_input_embeddings().weight.device
+    length = torch.tensor([len(ids) for ids in prompts], device=device)             # (b,)
+    # the last round may overshoot by K + 1 tokens, and rows that have ended go on with the others
+    spare = max_new_tokens + 2 * lookahead + 2
+    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, spare)).long().to(device)
+    return Rows(tokens, length, length + max_new_tokens, length < 0, ends.to(device),
+                torch.zeros(4, dtype=torch.long, device=device))
 
+# ---- 4. The copy that decodes; a round as one CUDA graph. -------------------------------------
 
-# ---------------------------------------------------------------------------------------------
-# 3. Plain decoding: the oracle, and the honest denominator of every speed-up.
-# ---------------------------------------------------------------------------------------------
+def shared_copy(model):
+    """A copy of a model with the same weights: what is set on it leaves the user's model alone."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = tensor               # deepcopy takes what the memo holds as copied
+    return copy.deepcopy(model, memo)
 
+class FewRowsLinear(torch.nn.Linear):
+    """W x^T in place of x W^T, of two rows at least: fp32 products of up to 32 rows on a CPU then
+    keep all cores busy (SmolLM2: half the time)."""
+    def forward(self, x):
+        """x (...,k) -> (...,n)"""
+        rows = x.reshape(-1, x.shape[-1])                               # (r,k)
+        if len(rows) > 32:
+            return super().forward(x)
+        twice = rows.repeat(2, 1) if len(rows) == 1 else rows
+        y = (self.weight @ twice.T).T[:len(rows)].reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
-class Decoder:
-    """A model and its cache: its own prefill and decode, or the free functions."""
+def start_decoding(model, rows, ring, compiled):
+    """A copy that decodes and its cache, which has read the prompts but for their last tokens.
+    compiled: False, True or the name of a backend of torch.compile. -> model, cache"""
+    # 1. one number for all layers: nothing tells them apart, torch.compile makes one of each kind
+    model = shared_copy(model).eval()
+    model.model.config._attn_implementation = "sdpa"
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = 0
+    if rows.tokens.device.type == "cpu" and model.model.norm.weight.dtype == torch.float32:
+        for part in model.modules():
+            part.__class__ = FewRowsLinear if type(part) is torch.nn.Linear else type(part)
+    cache = MixerCache.allocate(model, *rows.tokens.shape, ring)
+    if compiled:
+        tuned = {"options": {"coordinate_descent_tuning": True}}        # 3 % faster, 15 s more
+        how = tuned if compiled is True else {"backend": compiled}
+        cache.run_layer = torch.compile(run_layer, dynamic=False, **how)
+    # 2. the prompts, padded on the left
+    lengths = rows.length - 1                                           # (b,)
+    longest = int(lengths.max())
+    require(not cache.attention or longest < model.config.max_position_embeddings,
+            f"the prompt of {longest + 1} tokens is longer than the context")
+    if longest > 0:
+        at = lengths[:, None] + torch.arange(-longest, 0, device=lengths.device)    # (b,longest)
+        prefill(model, rows.tokens.gather(1, at.clamp(min=0)), cache, (at >= 0).long())
+    return model, cache
 
-    def __init__(self, model, rows, ring):
-        self.cache = MixerCache.allocate(model, *rows.tokens.shape, ring)
-        self._prefill = getattr(model, "prefill", partial(M.prefill, model))
-        self._decode = getattr(model, "decode", partial(M.decode, model))
-        context, longest = getattr(model.config, "max_position_embeddings", None), rows.length.max()
-        require(not (self.cache.has_attention and context and longest > context), "the prompt of "
-                f"{longest} tokens is longer than the context of {context}")
-
-    def prefill(self, rows):
-        """Read the prompts, shorter ones padded on the left. -> logits (b,V) after them"""
-        longest, device = int(rows.length.max()), rows.length.device
-        at = rows.length[:, None] + torch.arange(-longest, 0, device=device)    # (b,l)
-        mask = None if (at >= 0).all() else (at >= 0).long()
-        return self._prefill(rows.tokens.gather(1, at.clamp(min=0)), self.cache, mask)[:, -1]
-
-    def decode(self, tokens, n_valid=None):
-        """(b,T) -> logits (b,T,V), provisional until `self.cache.commit`"""
-        return self._decode(tokens, self.cache, n_valid)
-
-
+CAPTURE = threading.Lock()              # one thread at a time captures a graph
 def as_graph(step, generator=None):
-    """`step`, a function of static tensors, as a CUDA graph that serves every length. -> replay
-
-    Replaying launches the same kernels on the same addresses, all at once, without Python. Two
-    calls on a side stream first compile kernels and fill the allocator. While no row is alive,
-    all of this leaves the rows and caches as they are.
-    """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
+    """`step`, a function of static tensors, as a CUDA graph: the same kernels at the same places,
+    all at once, without Python. It is called twice while no row is alive. -> replay"""
+    step()                              # compiles kernels
+    graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with CAPTURE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
+# ---- 5. Drafts. start: a new batch; propose: K tokens per row; settle: how many stand. --------
 
-def drive(step, rows, first, on_step=None):
-    """Emit `first` (b,), then call `step` until every row has ended. -> DecodeResult
-
-    On CUDA the host looks at the rows one call behind, while the next one already runs: it never
-    makes the device wait, and one idle call, not counted in the time, runs on at the end.
-    """
-    cuda, start = rows.alive.is_cuda, rows.length.tolist()
-    rows.alive.fill_(True)
-    rows.append(first[:, None], torch.ones_like(rows.length))
-    running = bool(rows.alive.any())
-    if cuda:
-        flag, event = torch.ones((), dtype=torch.bool).pin_memory(), torch.cuda.Event()
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    while running:
-        if cuda:
-            flag.copy_(rows.alive.any(), non_blocking=True)
-            event.record()
-        step()
-        if cuda:
-            event.synchronize()
-        if on_step is not None:
-            on_step()
-        running = bool(flag if cuda else rows.alive.any())
-    seconds = max(time.perf_counter() - begin, 1e-9)
-    rounds, row_rounds, drafted, accepted = rows.tally.tolist()
-    new = [row[i:j] for row, i, j in zip(rows.tokens.clone(), start, rows.length.tolist())]
-    return DecodeResult(new, rounds, drafted, accepted,
-                        (row_rounds + accepted) / max(1, row_rounds), seconds,
-                        (sum(map(len, new)) - len(new)) / seconds)
-
-
-@torch.no_grad()
-def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
-             eos_token_id=None, generator=None, on_step=None):
-    """Plain decoding, one token a step. The arguments are those of `speculative_decode`.
-
-    On CUDA the step is a captured graph, whose kernel with a ring of 16 saves most writes of the
-    state. On a CPU nothing is behind: no ring, and a step is the recurrence itself.
-    on_step: called after every step.
-    """
-    sampling = Sampling(temperature, top_k, top_p, generator)
-    rows = read_prompts(target, input_ids, max_new_tokens, 0, eos_token_id)
-    cuda, one = rows.tokens.is_cuda, torch.ones_like(rows.length)
-    decoder = Decoder(target, rows, ring=16 if cuda else 0)
-    first = sampling.choose(decoder.prefill(rows))                               # (b,)
-
-    def step():
-        """One token more in every live row."""
-        logits = decoder.decode(rows.last[:, None])[:, 0]                       # (b,V)
-        if cuda:
-            decoder.cache.commit(rows.alive)
-        rows.count()
-        rows.append(sampling.choose(logits)[:, None], one)
-
-    return drive(as_graph(step, generator) if cuda else step, rows, first, on_step)
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Drafts. start: a new batch; propose: K tokens per row; settle: how many of them stand.
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Proposal:
-    """K drafted tokens per row, and how likely the draft was to draft each.
-
-    Rows share one shape: where one drafts fewer, the rest is filler that never stands.
-    """
-
-    tokens: torch.Tensor               # (b,K)
-    q: torch.Tensor | None = None      # (b,K,V); None: a point mass on each drafted token
-    real: torch.Tensor | None = None   # (b,K) bool, False where a row drafted fewer than K
-
-    def __post_init__(self):
-        if self.real is None:
-            self.real = torch.ones_like(self.tokens, dtype=torch.bool)
-
-
-class ModelDraft:
-    """A decoder as a draft, with a cache of its own that rolls back by the same commit.
-
-    vocab_subset: indices (v,) of the words it may say; its head then has v rows only.
-    """
-
-    def __init__(self, model, vocab_subset=None):
-        self.model, self.subset = model, vocab_subset
-        if vocab_subset is not None:
-            head = model.get_output_embeddings()
-            short = nn.Linear(head.in_features, len(vocab_subset), bias=False, device="meta")
-            short.weight = nn.Parameter(head.weight[vocab_subset], requires_grad=False)
-            self.model = copy.copy(model)               # shares every module, not this method:
-            self.model.get_output_embeddings = lambda: short
-            self.subset = vocab_subset.to(head.weight.device)
-
-    def start(self, target, rows, lookahead, sampling, ring):
-        """Read the prompts. Raises ValueError where the vocabularies differ."""
-        ours, theirs = self.model.config.vocab_size, target.config.vocab_size
-        require(ours == theirs, f"the draft's vocabulary of {ours} tokens is not the target's of "
-                f"{theirs}")
-        self.rows, self.K, self.sampling, self.vocab = rows, lookahead, sampling, theirs
-        self.decoder = Decoder(self.model, rows, ring)
-        self.decoder.prefill(rows)
+class Draft:
+    """What Algorithm 2 asks of a draft; this one drafts nothing: K = 0 is plain decoding."""
+    def start(self, target, rows, lookahead, sampling, ring, compiled):
+        """A new batch."""
+        self.rows = rows
+        self.K = lookahead
+        self.sampling = sampling
 
     def propose(self):
-        """Draft K tokens, one call each. -> Proposal
+        """-> tokens (b,at most K), q (b,K,V) of which they were drawn; None: they are certain"""
+        return self.rows.tokens[:, :0], None
 
+    def settle(self, n_accepted):
+        """How many (b,) of the proposed tokens stand: the others are rolled back."""
+
+class ModelDraft(Draft):
+    """A decoder, hybrid or plain, as a draft; its cache rolls back by the same commit."""
+    def __init__(self, model):
+        M.check_family(model, "draft")
+        self.original = model
+
+    def start(self, target, rows, lookahead, sampling, ring, compiled):
+        """Read the prompts. ValueError where the vocabularies differ."""
+        super().start(target, rows, lookahead, sampling, ring, compiled)
+        V = self.original.config.vocab_size
+        require(V == target.config.vocab_size, f"draft: {V} words, not {target.config.vocab_size}")
+        self.model, self.cache = start_decoding(self.original, rows, ring, compiled)
+
+    def propose(self):
+        """Draft K tokens, one call each. -> tokens (b,K), q (b,K,V) or None
         The draft has not read its own last token d_K. Where all K were accepted, the first call
-        has two tokens, d_K and the emitted one; in other rows the second is padding.
-        """
-        rows, cache = self.rows, self.decoder.cache
-        self.missing = (rows.length - cache.length).clamp(1, 2)                 # (b,)
-        width = 2 if cache.counts.is_cuda else int(self.missing.max())
-        first = rows.length - self.missing                                      # (b,)
-        at = first[:, None] + torch.arange(width, device=first.device)          # (b,width)
-        logits = self.decoder.decode(rows.tokens.gather(1, at), self.missing)   # (b,width,V)
-        logits = logits[torch.arange(len(first), device=first.device), self.missing - 1]   # (b,V)
-        chosen = [self.choose(logits)]
-        while len(chosen) < self.K:
-            logits = self.decoder.decode(chosen[-1][0][:, None])[:, 0]          # (b,V)
-            chosen.append(self.choose(logits))
-        tokens, qs = zip(*chosen)
-        return Proposal(torch.stack(tokens, 1), None if qs[0] is None else torch.stack(qs, 1))
-
-    def choose(self, logits):
-        """logits (b,V or v) -> token (b,), q (b,V) or None at temperature 0"""
-        q = self.sampling.probabilities(logits) if self.sampling.temperature else None
-        token = greedy(logits) if q is None else self.sampling.draw(q)
-        if self.subset is not None:
-            token = self.subset[token]
-            q = q if q is None else q.new_zeros(len(q), self.vocab).index_copy(1, self.subset, q)
-        return token, q
+        has two tokens, d_K and the emitted one; in other rows the second is padding."""
+        rows = self.rows
+        self.missing = (rows.length - self.cache.call.counts[1]).clamp(1, 2)    # (b,)
+        at = (rows.length - self.missing)[:, None] + torch.arange(2, device=rows.length.device)
+        logits = decode(self.model, rows.tokens.gather(1, at), self.cache, self.missing)
+        logits = torch.where(self.missing[:, None] == 1, logits[:, 0], logits[:, 1])    # (b,V)
+        tokens = []                                                             # K of (b,)
+        qs = []                                                                 # K of (b,V)
+        for k in range(self.K):
+            if k > 0:
+                logits = decode(self.model, tokens[-1][:, None], self.cache)[:, 0]      # (b,V)
+            if self.sampling.temperature == 0:
+                tokens.append(logits.argmax(-1))
+            else:
+                qs.append(self.sampling.probabilities(logits))
+                tokens.append(self.sampling.draw(qs[-1]))
+        return torch.stack(tokens, 1), torch.stack(qs, 1) if qs else None
 
     def settle(self, n_accepted):
-        """n_accepted (b,): the last drafted token was never read, so at most K - 1 are kept."""
-        n = self.missing + n_accepted.clamp(max=self.K - 1)
-        self.decoder.cache.commit(torch.where(self.rows.alive, n, 0))
+        """The last drafted token was never read, so at most K - 1 of the accepted ones are kept."""
+        self.cache.commit((self.missing + n_accepted.clamp(max=self.K - 1)) * self.rows.alive)
 
-
-class NGramDraft:
-    """Continues as the context did after the latest earlier occurrence of its last n tokens.
-
-    Falls back to shorter matches, down to `least`; without one the row's round is a plain step.
-    """
-
-    def __init__(self, n=3, least=2):
-        require(1 <= least <= n, f"ngram {n}: the shortest match {least} must be in 1..{n}")
-        self.n, self.least = n, least
-
-    def start(self, target, rows, lookahead, sampling, ring):
-        """Nothing to read: the rows hold the prompts."""
-        self.rows, self.K = rows, lookahead
+class NGramDraft(Draft):
+    """Continues as the context did after the latest earlier occurrence of its last n tokens, or of
+    its last two. In 7 8 1 7 8 it drafts 1 7 8 1 ..."""
+    def __init__(self, n=3):
+        require(n >= 1, f"ngram {n} must be at least 1")
+        self.n = n
 
     def propose(self):
-        """-> Proposal; on the CPU without columns when no row has a match."""
-        rows, tokens = self.rows, self.rows.tokens
-        if not tokens.is_cuda:
-            tokens = tokens[:, :int(rows.length.max())]
-        start = latest_match(tokens, rows.length, self.n, self.least)           # (b,)
-        found = (rows.alive & (start > 0))[:, None]                             # (b,1)
-        K = self.K if tokens.is_cuda or found.any() else 0
-        # past the end of the context the continuation repeats itself
-        period = (rows.length - start)[:, None]                                 # (b,1)
-        at = start[:, None] + torch.arange(K, device=start.device) % period     # (b,K)
-        return Proposal(tokens.gather(1, at), real=found.expand(-1, K))
-
-    def settle(self, n_accepted):
-        """Nothing to roll back."""
-
-
-def latest_match(tokens, length, n, least):
-    """Where the latest earlier occurrence of a row's last n (or fewer) tokens ends; 0: nowhere.
-
-    In 7 8 1 7 8 the suffix 7 8 also ends before index 2, so the 1 there is drafted first.
-
-    tokens (b,width)  length (b,) -> (b,) index of the token that followed
-    """
-    windows = F.pad(tokens, (n, 0), value=-1).unfold(1, n, 1)       # (b,width+1,n) the n before
-    suffix = windows[torch.arange(len(length), device=length.device), length]       # (b,n)
-    same = (windows == suffix[:, None]).flip(-1).long().cumprod(-1).sum(-1)     # (b,width+1) 0..n
-    end = torch.arange(windows.shape[1], device=tokens.device)
-    fits = (same >= least) & (end < length[:, None])                # (b,width+1)
-    # the longest match, of those the latest: length and end as the digits of one number
-    return torch.where(fits, same * len(end) + end, 0).amax(-1) % len(end)
-
+        """-> tokens (b,K), None; on the CPU (b,0), a plain step, when no row has a match."""
+        length = self.rows.length
+        cuda = length.is_cuda
+        tokens = self.rows.tokens[:, :None if cuda else int(length.max())]      # (b,width)
+        # 1. how many of the n tokens before each index are the row's last ones: 0..n
+        windows = F.pad(tokens, (self.n, 0), value=-1).unfold(1, self.n, 1)     # (b,width+1,n)
+        last = windows[torch.arange(len(length), device=length.device), length]     # (b,n)
+        same = (windows == last[:, None]).flip(-1).long().cumprod(-1).sum(-1)   # (b,width+1)
+        # 2. the longest match, of those the latest: length and index as the digits of one number
+        index = torch.arange(windows.shape[1], device=length.device)
+        fits = (same >= min(2, self.n)) & (index < length[:, None])             # (b,width+1)
+        start = torch.where(fits, same * len(index) + index, 0).amax(-1) % len(index)   # (b,)
+        # 3. its continuation; past the end of the context it repeats itself
+        K = self.K if cuda or start.any() else 0
+        step = torch.arange(K, device=length.device) % (length - start)[:, None]    # (b,K)
+        return tokens.gather(1, start[:, None] + step), None
 
 def LayerSubsetDraft(model, layers):
-    """An ordinary model of a few of the target's layers, with its embeddings, norm and head.
-
+    """An ordinary model of a few of a model's layers, with its embeddings, norm and head.
     Weights are shared with `model` (deepcopy it before training: "shrink and fine-tune"); layers
-    are renumbered, so that caches and save_pretrained see an ordinary model.
-    """
-    L, layers = len(model.model.layers), [int(i) for i in layers]
-    require(layers and all(0 <= i < L for i in layers) and len(set(layers)) == len(layers),
-            f"draft layers {layers}: must be different indices in 0..{L - 1}")
-    # modules and configs are copied; what the memo holds, all tensors, is shared instead
-    draft = copy.deepcopy(model, {id(v): v for v in chain(model.parameters(), model.buffers())})
-    draft.model.layers = nn.ModuleList(draft.model.layers[i] for i in layers)
+    are renumbered, so that caches and save_pretrained see an ordinary model."""
+    L = len(model.model.layers)
+    require(layers and set(layers) <= set(range(L)) and len(set(layers)) == len(layers),
+            f"draft layers {layers} must be different indices in 0..{L - 1}")
+    draft = shared_copy(model)
+    draft.model.layers = torch.nn.ModuleList([draft.model.layers[i] for i in layers])
     for j, layer in enumerate(draft.model.layers):
         layer.self_attn.layer_idx = j
-    for config in {id(c): c for c in (draft.config, draft.model.config)}.values():
+    for config, old in [(draft.config, model.config), (draft.model.config, model.model.config)]:
         config.num_hidden_layers = len(layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[i] for i in layers]
-        if hasattr(config, "attn_layers"):
-            config.attn_layers = [j for j, i in enumerate(layers) if i in config.attn_layers]
+        if getattr(old, "layer_types", None):
+            config.layer_types = [old.layer_types[i] for i in layers]
+    if hasattr(model.config, "attn_layers"):
+        kept = [j for j, i in enumerate(layers) if i in model.config.attn_layers]
+        draft.config.attn_layers = kept
+        if not kept:                            # as `convert_to_hybrid` has it without attention
+            draft.config.layer_types[0] = "hybrid"
     return draft
 
-
-# ---------------------------------------------------------------------------------------------
-# 5. Algorithm 2: SPECULATE drafts, VERIFY checks all drafted tokens in one multi-step call.
-# ---------------------------------------------------------------------------------------------
-
+# ---- 6. Algorithm 2: SPECULATE drafts, VERIFY checks all drafted tokens in one call. ----------
 
 def first_conflict(agrees):
-    """FirstConflict: how many drafted tokens stand before the first that does not.
-
-    agrees (b,K) bool -> (b,)
-    """
+    """FirstConflict: how many tokens stand before the first that does not. agrees (b,K) -> (b,)"""
     return agrees.long().cumprod(-1).sum(-1)
 
-
-def accept(logits, proposal, sampling, simulate=None):
+def accept(logits, drafted, q, sampling, simulate=None):
     """Which drafted tokens stand, and the token after them, with exactly the target's distribution.
-
     Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
     d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
-    max(0, p_i - q_i), normalised; where all stand, from p_K. q gets a row of zeros for position K,
-    so that one formula serves both cases.
+    max(0, p_i - q_i), normalised; where all stand, from p_K: there q is given as 0.
     Why that is p: d is drafted and stands with q min(1, p / q) = min(p, q), which p exceeds by
     max(0, p - q); and sum max(0, p - q) = 1 - sum min(p, q), the chance that nothing stood.
     simulate: SIMULATED acceptance for timing, each token stands with this probability.
-
-    logits (b,K+1,V) -> n_accepted (b,), next token (b,)
-    """
-    drafted, (b, K) = proposal.tokens, proposal.tokens.shape
+    logits (b,K+1,V)  drafted (b,K)  q (b,K,V) or None -> n_accepted (b,), next token (b,)"""
+    b, K = drafted.shape
     row = torch.arange(b, device=drafted.device)
-    if simulate is not None:
-        n = first_conflict(torch.rand(b, K, device=drafted.device) < simulate)
-        return n, greedy(logits[row, n])
-    if sampling.temperature == 0:
-        chosen = greedy(logits)                                                 # (b,K+1)
-        n = first_conflict((drafted == chosen[:, :K]) & proposal.real)
+    if sampling.temperature == 0 or simulate is not None:
+        chosen = logits.argmax(-1)                                              # (b,K+1)
+        agrees = drafted == chosen[:, :K]                                       # (b,K)
+        if simulate is not None:
+            agrees = torch.rand(b, K, device=drafted.device) < simulate
+        n = first_conflict(agrees)
         return n, chosen[row, n]
     p = sampling.probabilities(logits)                                          # (b,K+1,V)
-    q = F.one_hot(drafted, p.shape[-1]) if proposal.q is None else proposal.q
-    q = F.pad(q * proposal.real[..., None], (0, 0, 0, 1))                     # (b,K+1,V)
-    p_d, q_d = (v[:, :K].gather(2, drafted[..., None])[..., 0] for v in (p, q))     # (b,K)
+    q = F.one_hot(drafted, p.shape[-1]) if q is None else q                     # (b,K,V)
+    q = F.pad(q, (0, 0, 0, 1))                                                  # (b,K+1,V)
+    p_d = p[:, :K].gather(2, drafted[..., None])[..., 0]                        # (b,K)
+    q_d = q[:, :K].gather(2, drafted[..., None])[..., 0]                        # (b,K)
     u = torch.empty_like(p_d).uniform_(generator=sampling.generator)
-    n = first_conflict((u * q_d < p_d) & proposal.real)
-    p, rest = p[row, n], (p - q)[row, n].clamp_(min=0)                          # (b,V)
+    n = first_conflict(u * q_d < p_d)
+    p_n = p[row, n]                                                             # (b,V)
+    rest = (p_n - q[row, n]).clamp(min=0)                                       # (b,V)
     # p <= q everywhere happens by rounding only, when p = q; then any draw is right: take p
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)
     return n, sampling.draw(rest)
 
-
-def verify(decoder, rows, proposal, sampling, simulate=None):
-    """VERIFY: one multi-step call on [last token, K drafted ones]; commit what stands.
-
+def verify(model, cache, rows, drafted, q, sampling, simulate=None):
+    """VERIFY: one multi-step call on [last token, K drafted ones], then FirstConflict.
     The paper's MultiStep(h_i, y_{1:k}, i, j, k) is `decode`: the cache holds h_i and the inputs of
-    i..j to replay. Going on from h_k, or from h_j after a conflict, is the count in `commit`.
+    i..j to replay. drafted (b,K)  q (b,K,V) or None -> n_accepted (b,), next token (b,)"""
+    last = rows.tokens.gather(1, rows.length[:, None] - 1)                      # (b,1)
+    logits = decode(model, torch.cat((last, drafted), 1), cache)                # (b,K+1,V)
+    return accept(logits, drafted, q, sampling, simulate)
 
-    decoder: the target's -> n_accepted (b,), next token (b,)
-    """
-    logits = decoder.decode(torch.cat([rows.last[:, None], proposal.tokens], 1))  # (b,K+1,V)
-    n, token = accept(logits, proposal, sampling, simulate)
-    decoder.cache.commit(torch.where(rows.alive, n + 1, 0))
-    return n, token
-
+def one_round(model, cache, draft, rows, sampling, simulate=None, on_round=None):
+    """A round of SPECULATE: draft, VERIFY, commit, emit."""
+    # 1. the draft goes ahead by K tokens
+    drafted, q = draft.propose()                                                # (b,K)
+    # 2. the target looks at all of them in one call, and says the token at the first conflict
+    n, token = verify(model, cache, rows, drafted, q, sampling, simulate)       # (b,), (b,)
+    if on_round is not None:
+        on_round(rows, drafted, n, token)
+    # 3. the last token and n drafted ones stand, in both caches; the others are not counted. The
+    #    paper goes on from h_k, or from h_j after a conflict: here that is this number
+    cache.commit((n + 1) * rows.alive)
+    draft.settle(n)
+    # 4. n drafted tokens and the target's own are emitted
+    block = F.pad(drafted, (0, 1)).scatter(1, n[:, None], token[:, None])       # (b,K+1)
+    rows.append(block, n + 1)
 
 @torch.no_grad()
 def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, temperature=0.0,
                        top_k=0, top_p=1.0, eos_token_id=None, generator=None, ring=16,
-                       simulate=None, on_round=None):
-    """Algorithm 2, SPECULATE: draft K tokens, VERIFY them, until every row has ended.
-
-    Rows advance independently.
-
-    target: a hybrid or a plain decoder. draft: the same, or an object with start, propose
-    and settle (section 4). input_ids: (b,l), or b 1-D tensors of different lengths.
-    eos_token_id: None, an id or several. ring: most tokens between two commits. simulate: see
-    `accept`. on_round: called with (rows, proposal, n_accepted, token) before tokens are emitted.
-    Raises ValueError, in one line, for anything that does not fit. -> DecodeResult
-    """
-    require(lookahead >= 1, f"lookahead {lookahead} must be at least 1")
+                       simulate=None, on_round=None, compiled=False):
+    """Algorithm 2, SPECULATE: draft K tokens, VERIFY them, until every row has ended, each in
+    its time. On CUDA a round is one captured graph.
+    target, draft: hybrids or plain decoders; draft: or a `Draft`. input_ids: (b,l), or b tensors of
+    different lengths. eos_token_id: None, an id or several. ring: most tokens between commits.
+    simulate: see `accept`. on_round: called with (rows, drafted, n_accepted, token) before tokens
+    are emitted. compiled: see `start_decoding`. ValueError if something is wrong -> DecodeResult"""
+    require(type(draft) is Draft or lookahead >= 1, f"lookahead {lookahead} must be at least 1")
     require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
+    M.check_family(target, "target")
     sampling = Sampling(temperature, top_k, top_p, generator)
-    rows = read_prompts(target, input_ids, max_new_tokens, lookahead, eos_token_id)
-    draft = draft if hasattr(draft, "propose") else ModelDraft(draft)
-    decoder = Decoder(target, rows, ring)
-    first = sampling.choose(decoder.prefill(rows))                               # (b,)
-    draft.start(target, rows, lookahead, sampling, ring)
+    rows = read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id)
+    # a draft of the caller's keeps nothing of this call, so that threads may share it
+    draft = copy.copy(draft) if hasattr(draft, "propose") else ModelDraft(draft)
+    model, cache = start_decoding(target, rows, ring, compiled)
+    draft.start(target, rows, lookahead, sampling, ring, compiled)
+    step = partial(one_round, model, cache, draft, rows, sampling, simulate, on_round)
+    if rows.alive.is_cuda and on_round is None:
+        step = as_graph(step, generator)
+    rows.alive.fill_(True)
+    begin = time.perf_counter()
+    while rows.alive.any():                 # the one thing in a round that the host waits for
+        step()
+    return rows.result(max_new_tokens, time.perf_counter() - begin)
 
-    def step():
-        """One round: draft, VERIFY, emit what stands and the target's own token."""
-        proposal = draft.propose()
-        n, token = verify(decoder, rows, proposal, sampling, simulate)
-        draft.settle(n)
-        if on_round is not None:
-            on_round(rows, proposal, n, token)
-        block = F.pad(proposal.tokens, (0, 1)).scatter(1, n[:, None], token[:, None])  # (b,K+1)
-        rows.count(proposal.real.sum(1), n)
-        rows.append(block, n + 1)
+def generate(target, input_ids, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
+             eos_token_id=None, generator=None, compiled=False):
+    """Plain decoding, the oracle and the denominator of every speed-up: rounds without a draft.
+    On a GPU a ring of 16 saves most writes of the state, on a CPU a short one saves operations."""
+    ring = 16 if target.get_input_embeddings().weight.is_cuda else 1
+    return speculative_decode(target, Draft(), input_ids, max_new_tokens, 0, temperature, top_k,
+                              top_p, eos_token_id, generator, ring, compiled=compiled)
 
-    graph = rows.tokens.is_cuda and on_round is None and getattr(draft, "static", True)
-    return drive(as_graph(step, generator) if graph else step, rows, first)
-
-
-# ---------------------------------------------------------------------------------------------
-# 6. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor.
-# ---------------------------------------------------------------------------------------------
-
+# ---- 7. The authors' released checkpoints (both formats) in our Mixer, tensor by tensor. ------
 # Our tensors inside `self_attn.` and those inside their `mamba.` that they are made of, where it
 # is not one of the same name. Their projections have no biases; what their Mamba2 reads with one
 # matrix, their Mamba reads with five: the rows of our in_proj, in this order.
-NO_BIASES = {"in_proj.bias": (), "out_proj.bias": ()}
-MADE_OF = {"mamba2": {"norm_weight": ("norm.weight",), **NO_BIASES},
-           "mamba": {"in_proj.weight": ("in_proj_z.weight", "in_proj_x.weight", "B_proj.weight",
-                                        "C_proj.weight", "dt_proj_down.weight"),
-                     "dt_bias": ("dt_proj.bias",), **NO_BIASES}}
+MADE_OF = {
+    "mamba2": {"norm_weight": ["norm.weight"], "in_proj.bias": [], "out_proj.bias": []},
+    "mamba": {"in_proj.weight": ["in_proj_z.weight", "in_proj_x.weight", "B_proj.weight",
+                                 "C_proj.weight", "dt_proj_down.weight"],
+              "dt_bias": ["dt_proj.bias"], "in_proj.bias": [], "out_proj.bias": []}}
 
-
-def hollow_hybrid(config, dtype, *layout, **switches):
-    """What `convert_to_hybrid` makes of a teacher of this config: shapes without memory.
-
-    layout, switches: its other arguments.
-    """
-    with torch.device("meta"):
-        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return M.convert_to_hybrid(teacher, *layout, **switches).eval()
-
-
-def fill(model, tensors):
-    """Give a hollow model its parameters, {name: tensor}, as they are: nothing is copied."""
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no checkpoint
-    return model
-
-
-def authors_hybrid(folder, dtype):
-    """config.json (the teacher's) and mamba_config.json, as a hollow hybrid of their layout."""
-    for name in "config.json", "mamba_config.json":
-        require(Path(folder, name).is_file(), f"{folder} has no {name}: not in the format of the "
-                "authors' checkpoints")
-    theirs = json.loads(Path(folder, "mamba_config.json").read_text())
-    ssm = theirs.get("ssm_cfg") or {}
-    mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
-    model = hollow_hybrid(
-        AutoConfig.from_pretrained(folder), dtype, theirs["attn_layers"], recipe="paper",
-        mixer="mamba2" if mamba2 else "mamba", d_state=ssm.get("d_state", None if mamba2 else 16),
-        d_conv=ssm.get("d_conv", 4), group_by_state=not mamba2)
-    for name, mixer in product(("d_xb", "d_inner"), model.mixers().values()):
-        said, made = theirs.get(name), getattr(mixer, name)
-        require(said in (None, made), f"mamba_config.json: {name} {said}, but the heads of "
-                f"config.json make {made}")
-    return model
-
-
-@torch.no_grad()
-def load_authors_checkpoint(directory_or_hub_name, dtype=None):
-    """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU.
-
-    Their Mamba adds dt_proj.bias twice (and was trained so): our dt_bias is twice theirs. dtype
-    None: bfloat16. A tensor that needs no change stays mapped from its file, so that memory
-    fills as weights are used. Raises ValueError for another format and for missing or unknown
-    tensors.
-    """
-    folder = directory_or_hub_name
-    if not os.path.isdir(folder):
-        try:
-            folder = snapshot_download(folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from None
-    model, ours = authors_hybrid(folder, dtype or torch.bfloat16), {}
-    kind, files = model.config.mixer, [*Path(folder).glob("*.safetensors")]
-    files = files or [*Path(folder).glob("pytorch_model*.bin")]
-    require(files, f"{folder} holds neither safetensors nor pytorch_model.bin")
-    theirs = {name: v for file in files for name, v in load_state_dict(file).items()}   # mapped
+def authors_tensors(folder, model):
+    """{our name: tensor} of a checkpoint."""
+    kind = model.config.mixer
+    theirs = {}
+    for file in [*Path(folder).glob("*.safetensors")] or Path(folder).glob("pytorch_model*.bin"):
+        theirs.update(load_state_dict(file))
+    require(theirs, "it holds neither safetensors nor pytorch_model.bin")
+    ours = {}
     for name, p in model.named_parameters():
         layer, _, inside = name.partition(".self_attn.")
         parts = [name]                              # as in the teacher, also where attention stays
         if inside and int(layer.rpartition(".")[2]) in model.mixers():
             parts = [f"{layer}.mamba.{part}" for part in MADE_OF[kind].get(inside, [inside])]
-        lacking = [part for part in parts if part not in theirs]
-        require(not lacking, f"{folder} lacks {lacking[:1]}")
+        require(theirs.keys() >= set(parts), f"it lacks {parts}")
         # of in_proj: z (d_inner,D), x (d_xb,D), B (d_xb,D), C (d_inner,D), dt (rank,D)
-        tensors = [theirs.pop(part) for part in parts] or [torch.zeros(p.shape)]
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        require(tensor.shape == p.shape, f"{folder}: {name} has shape {tuple(tensor.shape)}, "
-                f"but {tuple(p.shape)} is needed")
-        twice = kind == "mamba" and inside == "dt_bias"                         # (d_inner,)
-        ours[name] = (2 * tensor if twice else tensor).to(p.dtype)
-    unknown = [name for name in theirs if name != "lm_head.weight" and "rotary_emb" not in name]
-    require(not unknown, f"{unknown[:1]}: unknown tensor of a {kind} checkpoint")
-    return fill(model, ours)
-
-
-# ---------------------------------------------------------------------------------------------
-# 7. Timing: the counterparts of Table 1, Table 5 and Figure 3.
-# ---------------------------------------------------------------------------------------------
-
-# Decoding is timed at batch 1, as in the paper, without the prompt. On CUDA all that is timed runs
-# as captured graphs: else it would be the host's launches.
-DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}      # what models decode in, by device
-# width, MLP width, layers, query heads, key/value heads, vocabulary, tied. Pure Mamba models are
-# 0 % hybrids (so with MLPs) of the paper's parameter counts.
-SHAPES = {"2.8b": (2560, 6464, 32, 20, 20, 50280, True),
-          "130m": (768, 1984, 12, 12, 12, 50280, True),
-          "7b": (4096, 10304, 32, 32, 32, 128256, True),
-          "1b": (2048, 8192, 16, 32, 8, 128256, True),
-          "8b": (4096, 14336, 32, 32, 8, 128256, False),              # Llama-3-8B
-          "smollm2": (576, 1536, 30, 9, 3, 49152, True),              # SmolLM2-135M
-          "tiny": (256, 768, 8, 8, 4, 4096, True), "nano": (64, 192, 2, 4, 2, 4096, True)}
-# {(target, its attention share): [(draft: one of SHAPES or the target's layers, its words, K,
-# the paper's # Gen and speed-up)]}; two # Gen are misprints: of 2.8B at K = 3 (4.04, its bound is
-# 4), where that of K = 4 stands, of 8B at 50 % with four layers (27), where that of 25 % stands
-BENCH = {("2.8b", 0): [("130m", None, 3, 3.9, 1.71), ("130m", None, 4, 3.9, 1.85)],
-         ("7b", 0): [("1b", None, 3, 3.28, 1.95), ("1b", None, 4, 3.6, 2.0)],
-         ("8b", 0.5): [("layers:0,31", None, 4, 2.48, 1.8),
-                       ("layers:0,10,20,31", None, 4, 3.6, 1.6),
-                       ("layers:0,10,20,31", 32768, 4, 3.6, 1.6)],
-         ("8b", 0.25): [("layers:0,31", None, 4, 2.64, 1.88),
-                        ("layers:0,10,20,31", None, 4, 3.6, 1.58),
-                        ("layers:0,10,20,31", 32768, 4, 3.6, 1.58)],
-         ("tiny", 0): [("nano", None, 4, 3.6, None)],
-         ("tiny", 0.5): [("layers:0,7", 1024, 4, 2.48, None)]}
-
-
-def clock(calls, cuda):
-    """Median seconds for all of `calls`, functions of no arguments; on CUDA as one graph."""
-    def run():
-        """Each call once, in a row."""
-        for call in calls:
-            call()
-
-    once = as_graph(run) if cuda else run
-    return sorted(timeit.repeat(once, timer=timer, number=1, repeat=5))[2]      # waits for a GPU
-
-
-def memory_bandwidth(device):
-    """Bytes per second that this memory gives at best: the roof over every decoding step.
-
-    The best of three ways to stream through 1 GiB (CPU: 256 MiB), each ten times in a row and
-    repeated: a lone copy finds a GPU's clocks low, and copies are slower than reads.
-    """
-    cuda = device.type == "cuda"
-    a, b = (torch.ones(2 ** (28 if cuda else 26), device=device) for _ in "ab")
-    ways = [(2, lambda: b.copy_(a)), (2, lambda: b.mul_(1.0)), (1, a.sum)]      # bytes, of a's
-    return max(10 * passes * a.nbytes / clock([way] * 10, cuda)
-               for passes, way in ways for _ in range(3 if cuda else 1))
-
-
-def shape_config(shape):
-    """The config of a Llama of one of SHAPES."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size", "tie_word_embeddings")
-    return LlamaConfig(**dict(zip(names, SHAPES[shape])), max_position_embeddings=8192)
-
-
-def random_model(shape, share, device):
-    """A hybrid with random weights, for timing only; without attention Mamba itself, 16 states."""
-    config, mamba = shape_config(shape), dict(mixer="mamba", d_state=16, recipe="paper")
-    keep = M.attention_layers(share, config.num_hidden_layers)
-    model = hollow_hybrid(config, DTYPE[device.type], keep, **({} if share else mamba))
-    return fill(model, {name: torch.empty_like(p, device=device).normal_(std=0.02)
-                        for name, p in model.named_parameters()}).to(device)
-
-
-def weight_bytes(model):
-    """Bytes of weights that one decoding step reads: all but the embedding, and the head."""
-    tables = {id(model.get_input_embeddings().weight), id(model.lm_head.weight)}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in tables)
-    return rest + model.get_output_embeddings().weight.nbytes       # of some drafts a cut one
-
-
-def round_seconds(target, K, prompt, rounds=48):
-    """Mean time of a round whose K drafted tokens cost nothing and all stand: what VERIFY costs.
-
-    prompt (1,l)
-    """
-    tokens = torch.ones(1, K, dtype=torch.long, device=prompt.device)
-    free = NGramDraft()
-    free.propose = lambda: Proposal(tokens)
-    made = speculative_decode(target, free, prompt, rounds * (K + 1), K, simulate=1.0)
-    return made.seconds / made.rounds
-
-
-def acceptance_for(gen, K):
-    """The chance P per token for which # Gen = 1 + P + ... + P^K, to four digits."""
-    chances = (i / 1e4 for i in range(10 ** 4))
-    return next((P for P in chances if sum(P ** j for j in range(K + 1)) >= gen), 1.0)
-
-
-def bench(args, device):
-    """--bench: Tables 1 and 5 with random weights and SIMULATED acceptance, batch 1. -> rows
-
-    floor: time to read the weights once over that of a plain step (100 % is ideal). verify: a
-    round of K + 1 tokens over a plain step. estimate: # Gen / (1.1 + K x draft bytes / target
-    bytes), what a round of 1.1 steps and a draft that costs only its bytes would bring.
-    """
-    cuda, rows, prompt = device.type == "cuda", [], torch.arange(1, 33, device=device)[None]
-    sizes = (args.sizes or ("2.8b,7b,8b" if cuda else "tiny")).split(",")
-    simulate = args.simulate_acceptance
-    require(set(sizes) <= {shape for shape, _ in BENCH}, f"--sizes {args.sizes}: want some of "
-            "2.8b,7b,8b,tiny")
-    about = {"device": torch.cuda.get_device_name() if cuda else "CPU",
-             "dtype": str(DTYPE[device.type]), "torch": torch.__version__,
-             "memory_bytes_per_s": memory_bandwidth(device)}
-    print(about, "random weights, SIMULATED acceptance", sep="\n", flush=True)
-    print(f"{'target':<20}{'draft':<26}{'K':>2}{'# Gen':>7}{'plain/s':>9}{'floor':>7}{'verify':>8}"
-          f"{'tokens/s':>9}{'speed-up':>9}{'estimate':>9}{'paper':>7}")
-    for (shape, share), trials in BENCH.items():
-        if shape not in sizes:
-            continue
-        target = draft = None                           # one target in memory at a time
-        target = random_model(shape, share, device)
-        plain = generate(target, prompt, args.max_new_tokens).tokens_per_second
-        weight = weight_bytes(target)
-        for spec, words, K, gen, paper in trials:
-            if spec in SHAPES:                          # 130m is pure Mamba, the others attention
-                draft = ModelDraft(random_model(spec, int(spec != "130m"), device))
-            else:
-                draft = read_draft(spec, target, device, words)
-            P = acceptance_for(gen, K) if simulate is None else simulate
-            fast = speculative_decode(target, draft, prompt, args.max_new_tokens, K, simulate=P)
-            ratio = weight_bytes(draft.model) / weight
-            row = {"target": f"{shape} {share:.0%} attention", "K": K,
-                   "draft": spec + (f", {words // 1024}k words" if words else ""),
-                   "gen": fast.tokens_per_round, "paper_gen": gen, "simulated_acceptance": P,
-                   "plain_tokens_per_s": plain, "tokens_per_s": fast.tokens_per_second,
-                   "share_of_floor": plain * weight / about["memory_bytes_per_s"],
-                   "verify_over_step": round_seconds(target, K, prompt) * plain,
-                   "speed_up": fast.tokens_per_second / plain, "paper_speed_up": paper,
-                   "bound": fast.tokens_per_round / (1.1 + K * ratio), "draft_bytes_share": ratio}
-            rows.append(row | about)
-            print("{target:<20}{draft:<26}{K:>2}{gen:7.2f}{plain_tokens_per_s:9.1f}"
-                  "{share_of_floor:7.0%}{verify_over_step:7.2f}x{tokens_per_s:9.1f}{speed_up:8.2f}x"
-                  "{bound:8.2f}x".format(**row) + (f"{paper:6.2f}x" if paper else ""), flush=True)
-    return rows
-
-
-# mixer, heads, groups, P, N of a layer: a converted 8B Llama, SmolLM2, and Mamba of 7B and 2.8B
-KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
-                 "mamba2 9x64x64": ("mamba2", 9, 3, 64, 64),
-                 "mamba 4096x16": ("mamba", 256, 64, 16, 16),
-                 "mamba 5120x16": ("mamba", 320, 80, 16, 16)}
-
-
-def kernel_inputs(mixer, H, G, P, N, b, T, slots, device):
-    """One layer's arguments of `multi_step`, up to the rings; each letter is an axis.
-
-    mamba2: one Delta a head, x in groups (p = n = 1, g = G); mamba: per channel, x in heads.
-    """
-    p, n, g = (1, 1, G) if mixer == "mamba2" else (P, N, H)
-    sizes = dict(b=b, T=T, s=slots, H=H, G=G, P=P, N=N, p=p, n=n, g=g)
-    like = dict(device=device, dtype=DTYPE[device.type])
-    x, dt, B, C, z, ring_x, ring_B = (torch.randn([sizes[axis] for axis in shape], **like)
-                                      for shape in "bTgP bTHp bTGN bTHN bTHP bsgP bsGN".split())
-    A, bias, D, state, ring_dt = (torch.randn([sizes[axis] for axis in shape], device=device)
-                                  for shape in "Hpn Hp Hp bHPN bsHp".split())
-    return [x, dt, B, C, -A.abs(), bias - 3, D, z, state, ring_x, ring_dt.abs() / 10, ring_B]
-
-
-def bench_kernel(args, device):
-    """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
-
-    The mean over a whole cycle, from one flush to the next with all T tokens accepted in each
-    call; on CUDA one graph, on rotated buffers that exceed the L2.
-    """
-    cuda, rows = device.type == "cuda", []
-    print(f"{'layer':<20}{'batch':>6}{'T':>4}{'us/call':>10}{'T x one':>10}{'copy':>9}")
-    for name, layer in KERNEL_LAYERS.items():
-        mixer, H, _, P, N = layer
-        for b in (1, 8, 64, 256) if cuda else (1,):
-            size = b * H * P * N                                                # (b,H,P,N) fp32
-            copies = max(1, min(64, -(-(150 << 20) // (4 * size)))) if cuda else 1
-            pairs, one = [torch.empty(2, size, device=device) for _ in range(copies)], 0.0
-            copied = clock([partial(to.copy_, old) for to, old in pairs], cuda) / copies
-            for T in range(1, 17):
-                ring = 16 if T <= 8 else 32
-                fold_at = ring if mixer == "mamba2" else M.MAMBA_FOLD_AT
-                sets = [kernel_inputs(*layer, b, T, 2 * ring, device) for _ in range(copies)]
-                # calls of a cycle find T, 2 T, ... tokens in the ring; the last one folds them
-                counts = [torch.tensor([[0] * b, [n] * b, [0] * b], dtype=torch.int32).to(device)
-                          for n in range(T, max(fold_at, T) + 1, T)]            # (3,b)
-                calls = [partial(M.multi_step, *s, c, ring=fold_at) for c in counts for s in sets]
-                spent = clock(calls, cuda) / len(calls)
-                one = spent if T == 1 else one
-                rows.append({"layer": name, "batch": b, "T": T, "ring": ring, "us": 1e6 * spent,
-                             "us_single_steps": 1e6 * T * one, "us_copy": 1e6 * copied})
-                print("{layer:<20}{batch:>6}{T:>4}{us:10.1f}{us_single_steps:10.1f}{us_copy:9.1f}"
-                      .format(**rows[-1]), flush=True)
-    return rows
-
-
-def plot(rows, path):
-    """A picture of the rows of `bench_kernel` (they name a layer) or `bench`, for half a page.
-
-    matplotlib is optional, so it is imported here; a Figure without pyplot needs no display.
-    """
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-    rcParams.update({"font.size": 16, "lines.linewidth": 2.5, "lines.markersize": 8})
-    layers = list(dict.fromkeys(r.get("layer") for r in rows))
-    figure = Figure((11, 2 + (2 if layers[0] else 0.7 * len(rows)) * len(layers)),
-                    layout="constrained")
-    for i, layer in enumerate(layers, 1):
-        axis = figure.add_subplot(-(-len(layers) // 2), min(2, len(layers)), i)
-        if layer is None:                               # rows of `bench`: one panel, of bars
-            labels = [f"{r['target']}, K = {r['K']}\n{r['draft']}" for r in rows]
-            axis.barh(labels, [r["speed_up"] for r in rows], label="measured")
-            axis.plot([r["paper_speed_up"] or float("nan") for r in rows], labels, "C1|", ms=24,
-                      mew=4, label="paper")
-            axis.set(xlabel="speed-up over plain decoding", ylim=(len(rows) - 0.4, -0.6))
-            continue
-        axis.set(title=layer, yscale="log", xlabel="tokens T", xticks=(1, 4, 8, 12, 16),
-                 ylabel="µs per layer")
-        for b, colour in {rows[0]["batch"]: "C0", rows[-1]["batch"]: "C1"}.items():
-            part = [r for r in rows if (r["layer"], r["batch"]) == (layer, b)]
-            for key, style, label in (("us", "o-", "one call of T tokens"),
-                                      ("us_single_steps", "--", "T calls of one token"),
-                                      ("us_copy", ":", "a copy of the state")):
-                axis.plot([r["T"] for r in part], [r[key] for r in part], colour + style,
-                          label=f"batch {b}: {label}")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path)
-
-
-# ---------------------------------------------------------------------------------------------
-# 8. Needle in a haystack (Figure 4), and what a cache weighs.
-# ---------------------------------------------------------------------------------------------
-
-
-def needle(args, device):
-    """--needle: is a number found again, hidden at some depth of a long text? -> rows
-
-    Then the size of caches; without --target only that, for SmolLM2's and an 8B Llama's shape.
-    """
-    if not args.target:
-        return [row for name, shape in (("SmolLM2-135M", "smollm2"), ("Llama-3-8B", "8b"))
-                for row in cache_table(name, shape_config(shape))]
-    from pydoc_data.topics import topics
-    model, tokenizer = load(args.target, device)
-    read, draw = partial(encode, tokenizer=tokenizer, raw=True), random.Random(args.seed)
-    hay, rows = read("\n".join(topics[k] for k in sorted(topics))), []          # (l,) Python's help
-    ask = read("\nWhat is the magic number? The magic number is")
-    print(f"share of {args.trials} numbers found, by length (rows) and depth (columns)\n"
-          f"{'length':>8}" + "".join(f"{d:7.0%}" for d in args.depths))
-    for length in args.lengths:
-        for depth in args.depths:
-            found = 0
-            for _ in range(args.trials):
-                secret = str(draw.randrange(10000, 99999))
-                fact = read(f"\nThe magic number is {secret}.\n")
-                room = length - len(fact) - len(ask)
-                text = hay.roll(-draw.randrange(len(hay))).repeat(1 + room // len(hay))[:room]
-                cut = int(depth * room)
-                prompt = torch.cat([text[:cut], fact, text[cut:], ask])                 # (length,)
-                found += secret in tokenizer.decode(generate(model, prompt, 12).tokens[0])
-            rows.append({"length": length, "depth": depth, "found": found / args.trials})
-        print(f"{length:>8}" + "".join(f"{r['found']:7.0%}" for r in rows[-len(args.depths):]))
-    return rows + cache_table(args.target, LlamaConfig.from_dict(model.model.config.to_dict()))
-
-
-def cache_table(name, config):
-    """Bytes of one row's cache at 1k, 8k, 64k tokens for 100 (the teacher) to 0 % attention."""
-    lengths, rows, teachers = (1024, 8192, 65536), [], None
-    print(f"\n{name}: cache of one row in bf16, MiB (share of the teacher's)\n attention" + "".join(
-        f"{n:>18,}" for n in lengths))
-    for share in (1.0, 0.5, 0.25, 0.0):
-        model = hollow_hybrid(config, torch.bfloat16, M.attention_layers(
-            share, config.num_hidden_layers))
-        sizes = [sum(t.nbytes for t in chain(*MixerCache.allocate(model, 1, n, ring=1).layers))
-                 for n in lengths]
-        teachers = teachers or sizes
-        rows += [{"model": name, "attention": share, "tokens": n, "cache_bytes": size,
-                  "share_of_teacher": size / whole}
-                 for n, size, whole in zip(lengths, sizes, teachers)]
-        print(f"{share:>10.0%}" + "".join(f"{size / 2 ** 20:11.1f} ({size / whole:4.0%})"
-                                          for size, whole in zip(sizes, teachers)))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------
-# 9. The command line.
-# ---------------------------------------------------------------------------------------------
-
-
-def load(name, device):
-    """A model (ours, the authors' or a plain decoder) and its tokenizer."""
-    require(name, "give --target DIR_OR_HUB_NAME")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        read = load_authors_checkpoint if has_file(name, "mamba_config.json") else (
-            AutoModelForCausalLM.from_pretrained)
-        model = read(name, dtype=DTYPE[device.type])
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), tokenizer
-
-
-def read_draft(spec, target, device, words=None):
-    """DIR, layers:0,10,20,29 or ngram:3 -> a draft; words: cut its head to the first so many ids
-    (a BPE numbers its words roughly from the most frequent on)."""
-    kind, _, value = spec.partition(":")
-    try:
-        numbers = [int(v) for v in value.split(",")] if kind in ("layers", "ngram") else []
-    except ValueError:
-        raise ValueError(f"--draft {spec}: want numbers after {kind}:") from None
-    if kind == "ngram":
-        return NGramDraft(numbers[0], min(2, numbers[0]))
-    draft = LayerSubsetDraft(target, numbers) if kind == "layers" else load(spec, device)[0]
-    vocab = draft.config.vocab_size
-    require(words is None or 1 <= words <= vocab, f"--draft-words {words} is outside 1..{vocab}")
-    return ModelDraft(draft, None if words is None else torch.arange(words, device=device))
-
-
-def encode(text, tokenizer, raw=False):
-    """text -> ids (l,), through the chat template where there is one, unless `raw`."""
-    ids = M.Chat(tokenizer).pair(text)[0] if tokenizer.chat_template and not raw else tokenizer(
-        text, add_special_tokens=False, verbose=False)["input_ids"]
-    require(ids, "the prompt is empty")
-    return torch.tensor(ids)
-
-
-def run(target, draft, args, prompt, **more):
-    """Decode one prompt (l,) as the flags say, without a draft plainly. -> DecodeResult"""
-    settings = {k: vars(args)[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    settings |= dict(eos_token_id=args.ends,
-                     generator=torch.Generator(prompt.device).manual_seed(args.seed))
-    if draft is None:
-        return generate(target, prompt, **settings)
-    return speculative_decode(target, draft, prompt, lookahead=args.lookahead, **settings, **more)
-
+        tensor = torch.cat([theirs.pop(i) for i in parts]) if parts else torch.zeros(p.shape)
+        require(tensor.shape == p.shape, f"{name} has {tensor.shape}, but {p.shape} is needed")
+        if kind == "mamba" and inside == "dt_bias":
+            tensor = 2 * tensor                     # added twice by their code, and trained so
+        ours[name] = tensor.to(p.dtype)
+    for name in theirs:
+        require(name == "lm_head.weight" or "rotary_emb" in name, f"{name} is no tensor of {kind}")
+    return ours
 
 @torch.no_grad()
-def first_difference(target, prompt, plain, fast):
-    """None where two answers agree, else where they part and the gap of the target's two logits.
+def load_authors_checkpoint(directory_or_hub_name, dtype=None):
+    """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU, in
+    bfloat16 unless said otherwise. ValueError, in one line, for whatever cannot be read as one."""
+    folder = directory_or_hub_name
+    try:
+        # 1. config.json (the teacher's) and mamba_config.json: shapes without memory
+        folder = folder if os.path.isdir(folder) else snapshot_download(folder)
+        theirs = json.loads(Path(folder, "mamba_config.json").read_text())
+        ssm = theirs.get("ssm_cfg") or {}
+        mamba2 = "ngroups" in ssm or ssm.get("layer") == "Mamba2"
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = M.convert_to_hybrid(
+                AutoModelForCausalLM.from_config(config, dtype=dtype or torch.bfloat16),
+                theirs["attn_layers"], "mamba2" if mamba2 else "mamba", "paper",
+                ssm.get("d_state", None if mamba2 else 16), d_conv=ssm.get("d_conv", 4),
+                group_by_state=not mamba2).eval()
+        # 2. the tensors
+        model.load_state_dict(authors_tensors(folder, model), strict=False, assign=True)
+        model.tie_weights()
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no file
+        if Path(folder, "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:                      # of files, JSON, safetensors, pickles, shapes
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"no authors' checkpoint in {folder}: {reason}") from None
+    return model
 
-    In exact arithmetic they never differ; sums of another order round differently.
+# ---- 8. The command line. ---------------------------------------------------------------------
 
-    prompt (l,)  plain, fast (n,)
-    """
-    if torch.equal(plain, fast):
-        return None
-    n = min(len(plain), len(fast))
-    i = int((plain[:n] != fast[:n]).int().argmax())
-    logits = target(torch.cat([prompt, plain[:i]])[None], logits_to_keep=1).logits[0, 0]
-    a, b = logits[torch.stack([plain[i], fast[i]])].tolist()
-    return f"token {i} differs, its two logits are {abs(a - b):.2g} apart"
+def load(name):
+    """A model (ours, the authors' or a plain decoder) and its tokenizer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    authors = False
+    with suppress(Exception):                       # M.read_model says what is wrong
+        authors = has_file(name, "mamba_config.json")
+    if authors:
+        return load_authors_checkpoint(name, dtype).to(device), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = M.read_model(name, dtype)
+    return model.to(device), tokenizer
 
+def read_draft(spec, target):
+    """DIR, layers:0,10,20,29 or ngram:3 -> a draft"""
+    kind, _, value = spec.partition(":")
+    if kind not in ("layers", "ngram"):
+        return load(spec)[0]
+    require(value.replace(",", "").isdigit(), f"draft {spec}: want numbers after {kind}:")
+    numbers = [int(v) for v in value.split(",")]
+    return NGramDraft(numbers[0]) if kind == "ngram" else LayerSubsetDraft(target, numbers)
 
-def compare(target, drafts, prompts, args, **others):
-    """Each prompt (l,) plainly, then with each of {name: draft}; one table of sums. -> rows
+def read_prompt(text, target, tokenizer, raw):
+    """A user's turn where there is a chat template, unless `raw`. -> ids (l,), end tokens: a base
+    model's files name one, a chat model's answers often end with another"""
+    ends = torch.tensor(target.generation_config.eos_token_id or []).view(-1).tolist()
+    ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template and not raw:
+        chat = M.Chat(tokenizer)
+        ends.append(chat.end)
+        ids = chat.ids(M.turns_of(text), add_generation_prompt=True)
+    else:
+        ids = tokenizer(text, verbose=False)["input_ids"]           # with its special tokens
+    return torch.tensor(ids, device=target.device), ends
 
-    Speeds are without the prompts. Where answers part, the prompt, the token and the gap of its
-    logits are printed: in bf16, products of other shapes round differently.
-    others: more ways to decode, {name: function of a prompt -> DecodeResult}
-    """
-    ways = {name: partial(run, target, draft, args)
-            for name, draft in ({"none": None} | drafts).items()} | others
-    # all ways in turn at each prompt: what else the machine does slows them alike
-    results = list(zip(*([way(prompt) for way in ways.values()] for prompt in prompts)))
-    print(f"{'draft':<24}{'K':>2}{'# Gen':>7}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}"
-          "  identical to plain decoding")
+def show_round(tokenizer, rows, drafted, n, token):
+    """An `on_round` that prints what row 0 makes of its drafted tokens, for 16 rounds: what stands,
+    what falls, what the target says instead; in colour on a terminal, else [-fallen-] {+said+}."""
+    if not rows.alive[0] or rows.tally[0] > 15:
+        return
+    marks = ["{}", "[-{}-]", "{{+{}+}}"]
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        marks = ["\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m"]
+    drafted = drafted[0].tolist()
+    line = f"  round {rows.tally[0] + 1:>2}: {n[0]} of {len(drafted)} stand  "
+    for mark, ids in zip(marks, [drafted[:n[0]], drafted[n[0]:], token[:1].tolist()]):
+        line += mark.format(repr(tokenizer.decode(ids))[1:-1]) if ids else ""
+    print(line)
+
+def answer(args):
+    """Decode a prompt plainly and with a draft, --tiny: with each kind of draft, by the hybrid of
+    `mamba_in_llama.py --tiny`; print text, rounds and rates. -> rows that --json writes"""
+    specs = [args.draft]
+    if args.tiny:
+        if not os.path.exists("tiny_run/mamba2"):
+            M.main(["--tiny"])                      # about a minute
+        args.target = "tiny_run/mamba2"
+        args.prompt = args.prompt or "The standard exception classes that a program can"
+        specs = ["layers:0,3", "ngram:3", "tiny_run/teacher", "tiny_run/mamba"]
+    target, tokenizer = load(args.target)
+    drafts = {spec: read_draft(spec, target) for spec in specs}
+    prompt, ends = read_prompt(args.prompt, target, tokenizer, args.raw)        # (l,)
     table = []
-    for name, made in zip(ways, results):
-        spent, drafted, accepted, rounds = (sum(getattr(r, field) for r in made) for field in (
-            "seconds", "drafted", "accepted", "rounds"))
-        speed = sum(len(r.tokens[0]) - 1 for r in made) / spent
-        parted = [first_difference(target, prompt, plain.tokens[0], r.tokens[0])
-                  for prompt, plain, r in zip(prompts, results[0], made)
-                  if name in drafts and not args.temperature]
-        sampled = "(sampled)" if name in drafts else ""
-        row = {"draft": name, "K": args.lookahead if name in drafts else 0,
-               "gen": (rounds + accepted) / max(1, rounds), "tokens_per_s": speed,
-               "acceptance": accepted / max(1, drafted),
-               "identical": f"{parted.count(None)} of {len(parted)}" if parted else sampled,
-               "differences": [f"prompt {i}: {d}" for i, d in enumerate(parted) if d]}
+    for name, draft in {"no draft": None, **drafts}.items():
+        draw = torch.Generator(prompt.device).manual_seed(args.seed)
+        settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                        top_k=args.top_k, top_p=args.top_p, eos_token_id=ends, generator=draw)
+        if draft is None:
+            made = plain = generate(target, prompt, compiled=args.compile, **settings)
+            print(tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip())
+        else:
+            print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
+            run = partial(speculative_decode, target, draft, prompt, lookahead=args.lookahead)
+            run(on_round=partial(show_round, tokenizer), **settings)
+            made = run(compiled=args.compile, **settings)
+        row = {"draft": name, **vars(made), "tokens": made.tokens[0].tolist(),
+               "speed_up": made.tokens_per_second / plain.tokens_per_second,
+               "identical": torch.equal(made.tokens[0], plain.tokens[0])}
+        print("{draft}: # Gen {tokens_per_round:.2f}, {accepted} of {drafted} stand, speed-up "
+              "{speed_up:.2f}, {tokens_per_second:.1f} tokens/s, same: {identical}".format(**row))
         table.append(row)
-        row["speed_up"] = speed / table[0]["tokens_per_s"]
-        print("{draft:<24}{K:>2}{gen:7.2f}{acceptance:10.0%}{tokens_per_s:10.1f}{speed_up:9.2f}x  "
-              "{identical}".format(**row), *row["differences"], sep="\n    ", flush=True)
     return table
 
-
-def show_rounds(target, drafts, prompt, tokenizer, args):
-    """Decode a prompt (l,) with each draft: rounds as in Figure 2, answer and table. -> rows
-
-    Of 16 rounds: what stands, what falls, what the target says instead; in colour on a terminal,
-    else [-fallen-] and {+said+}.
-    """
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    marks = ("\033[32m{}\033[0m", "\033[31;9m{}\033[0m", "\033[1;36m{}\033[0m") if colour else (
-        "{}", "[-{}-]", "{{+{}+}}")
-
-    def show(rows, proposal, n, token):
-        """An `on_round`: a line of what row 0 makes of its drafted tokens (K,)."""
-        if rows.alive[0] and rows.tally[0] < 16:
-            drafted, n = proposal.tokens[0].tolist(), int(n[0])
-            words = [repr(tokenizer.decode(part))[1:-1]
-                     for part in (drafted[:n], drafted[n:], [int(token[0])])]
-            print(f"  round {int(rows.tally[0]) + 1:>2}: {n} of {len(drafted)} stand  " + "".join(
-                mark.format(word) for mark, word in zip(marks, words) if word))
-
-    for name, draft in drafts.items():
-        print(f"\n{name}: drafted tokens that stand, those that fall, what the target says")
-        made = run(target, draft, args, prompt, on_round=show)
-    print("\n" + tokenizer.decode(made.tokens[0], skip_special_tokens=True).strip() + "\n")
-    return compare(target, drafts, [prompt], args)
-
-
-def answer(args, device):
-    """--target and --prompt: decode one prompt, without and with the draft. -> rows"""
-    target, tokenizer = load(args.target, device)
-    draft = read_draft(args.draft, target, device, args.draft_words)
-    # a base model's files name one end token, a chat model's answers often end with another
-    args.ends = torch.tensor(target.generation_config.eos_token_id or []).reshape(-1).tolist()
-    args.ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if tokenizer.chat_template and not args.raw:
-        args.ends.append(M.Chat(tokenizer).end)
-    prompt = encode(args.prompt, tokenizer, args.raw).to(device)
-    return show_rounds(target, {args.draft: draft}, prompt, tokenizer, args)
-
-
-def tiny(args, device):
-    """--tiny: the hybrid of `mamba_in_llama.py --tiny` with each kind of draft. -> rows"""
-    if not os.path.exists("tiny_run/mamba2/config.json"):
-        print("no ./tiny_run here: mamba_in_llama.py --tiny makes it first, about a minute")
-        M.main(["--tiny"])
-    (target, tokenizer), (teacher, _), (mamba, _) = (
-        load(f"tiny_run/{name}", device) for name in ("mamba2", "teacher", "mamba"))
-    text = "The standard exception classes that a program can"
-    # beginnings of one sentence, four times each, as they are sampled: 128 answers to train on
-    starts = [encode(text[:i], tokenizer).tolist() for i in range(8, 40)] * 4
-    answers = torch.tensor(M.sample(target, starts, 96, None, seed=args.seed))      # (128,96)
-    layers = LayerSubsetDraft(target, [0, 3])
-    shrunk = copy.deepcopy(layers)
-    M.distil("draft", shrunk, target, answers, answers, 150, lr=3e-3, alpha=0.1, beta=1.0,
-             seed=args.seed)
-    drafts = {"layers 0,3, fine-tuned": shrunk.eval(), "layers 0,3": layers,
-              "ngram:3": NGramDraft(3), "the teacher": teacher, "the Mamba hybrid": mamba}
-    prompt = encode(args.prompt or text, tokenizer, args.raw).to(device)
-    return show_rounds(target, drafts, prompt, tokenizer, args)
-
-
-def make_draft(args, device):
-    """--make-draft layers:...: shrink, fine-tune on the target's own answers, save, try. -> rows
-
-    Tried on the prompts of up to 32 answers that were held out, before and after training. What
-    else is given are flags of mamba_in_llama.py: --out, --minutes, --rows, --length, --batch, ...
-    """
-    require(args.target and "--out" in args.rest and args.make_draft.startswith("layers:"),
-            f"--make-draft {args.make_draft}: want layers:I,J, and --target and --out")
-    options = M.parse_args(["--teacher", args.target, *args.rest])
-    target, tokenizer = load(args.target, device)
-    before, chat = read_draft(args.make_draft, target, device).model, M.Chat(tokenizer)
-    # bf16 would round away most of AdamW's steps
-    draft, data = copy.deepcopy(before).float(), M.real_data(target, chat, options)
-    history = M.distil("draft", draft, target, *data.train, 10 ** 9, options.batch, options.lr / 4,
-                       alpha=options.alpha, beta=options.beta, seconds=60 * (options.minutes or 10),
-                       seed=options.seed)
-    M.save(draft, chat, options.out)
-    draft = load(options.out, device)[0]
-    print(f"{len(history)} steps, loss {history[0][1]:.3f} -> {history[-1][1]:.3f}; saved to "
-          f"{options.out}; held-out prompts, at most {args.max_new_tokens} tokens:")
-    prompts = [torch.tensor(prompt, device=device)
-               for prompt in M.prompts_of(*(v[:32] for v in data.heldout))]
-    args.ends = chat.end
-    rows = compare(target, {args.make_draft: before, "fine-tuned": draft}, prompts, args)
-    return rows + [{"step": step, "loss": loss} for step, loss in history]
-
-
-MODES = (tiny, bench, bench_kernel, needle, make_draft)
-FLAGS = {       # name: (type, or bool for a switch; default; help)
-    "tiny": (bool, False, "every kind of draft on the hybrid in ./tiny_run"),
-    "bench": (bool, False, "Tables 1 and 5: random weights, simulated acceptance"),
-    "bench-kernel": (bool, False, "Figure 3: T tokens per call of the kernel"),
-    "needle": (bool, False, "Figure 4: needle in a haystack, and cache sizes"),
-    "make-draft": (str, None, "layers:I,J: shrink and fine-tune --target; other flags as in "
-                   "mamba_in_llama.py: --out DIR --minutes M --rows N --length N --batch N"),
-    "target": (str, None, "directory or hub name: a hybrid, a plain decoder, the authors' format"),
-    "draft": (str, "ngram:3", "a directory, layers:0,10,20,29 or ngram:3"),
-    "draft-words": (int, None, "cut the draft's head to the first so many words"),
-    "prompt": (str, None, "the text to answer"),
-    "raw": (bool, False, "no chat template around the prompt"),
-    "lookahead": (M.COUNT, 4, "tokens drafted per round, K"),
-    "temperature": (float, 0.0, "0 is greedy"),
-    "top-k": (int, 0, "0 keeps all words"),
-    "top-p": (float, 1.0, "probability that is kept"),
-    "max-new-tokens": (M.COUNT, 128, "budget, tokens"),
-    "simulate-acceptance": (M.SHARE, None, "--bench: a token's chance to stand (default: paper's)"),
-    "sizes": (str, None, "--bench: some of 2.8b,7b,8b,tiny (default: what suits the device)"),
-    "lengths": (M.checked(int, lambda v: v >= 64, "at least 64"), [512, 1024, 2048],
-                "--needle: tokens"),
-    "depths": (M.SHARE, [0, 0.25, 0.5, 0.75, 1], "--needle: 0 is the beginning"),
-    "trials": (M.COUNT, 5, "--needle: numbers per length and depth"),
-    "seed": (int, 0, "of every draw"),
-    "json": (str, None, "write the rows of the table to this file"),
-    "plot": (str, None, "a picture of --bench or --bench-kernel (matplotlib)"),
-}
-
+def make_draft(args):
+    """--make-draft layers:...: shrink and fine-tune on the target's own answers, save. -> rows"""
+    seconds = 60 * args.minutes
+    require(not os.path.exists(args.out), f"--out {args.out} exists")
+    target, tokenizer = load(args.target)
+    chat = M.Chat(tokenizer)
+    how = M.SETTINGS[target.device.type]
+    tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"] - len(chat.user_start),
+                      how["sampled"], seconds=0.3 * seconds)                    # (n,length)
+    draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
+    losses = M.distil("draft", draft, target, tokens, chat.label(tokens), alpha=how["alpha"],
+                      beta=1.0, seconds=0.6 * seconds, batch_size=how["batch"])
+    M.save(draft, tokenizer, args.out)
+    print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
+    return losses
 
 def parse_args(argv):
-    """The flags, and what to run as .mode; ValueError for values that make no sense."""
-    args, args.rest = M.make_parser(__doc__, FLAGS).parse_known_args(argv)
-    require(args.make_draft or not args.rest, f"unknown: {' '.join(args.rest)}")
+    """The flags; ValueError for values that make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = partial(require, False)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="every kind of draft on the hybrid in ./tiny_run")
+    add("--target", help="directory or hub name: a hybrid, a plain decoder, the authors' format")
+    add("--draft", default="ngram:3", help="DIR, layers:0,10,20,29 or ngram:N (default: ngram:3)")
+    add("--prompt", help="the text to answer")
+    add("--raw", action="store_true", help="no chat template around the prompt")
+    add("--lookahead", type=int, default=4, help="tokens drafted a round, K (default: 4)")
+    add("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    add("--top-k", type=int, default=0, help="likeliest tokens that are kept (default: 0, all)")
+    add("--top-p", type=float, default=1.0, help="probability that is kept (default: 1)")
+    add("--max-new-tokens", type=int, default=128, help="budget, tokens (default: 128)")
+    add("--compile", action="store_true", help="run layers through torch.compile (CUDA)")
+    add("--seed", type=int, default=0, help="of every draw (default: 0)")
+    add("--json", help="write the rows of the table to this file")
+    add("--make-draft", help="layers:0,10,20,29: shrink and fine-tune --target, write it to --out")
+    add("--out", help="--make-draft: the directory to write")
+    add("--minutes", type=float, default=10, help="--make-draft: minutes for all (default: 10)")
+    args = parser.parse_args(argv)
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
-    modes = [mode for mode in MODES if getattr(args, mode.__name__)]
-    require(len(modes) <= 1, "give one of --tiny, --bench, --bench-kernel, --needle, --make-draft")
-    require(modes or args.target and args.prompt, "give --target and --prompt, or --tiny")
-    require(args.plot is None or args.bench or args.bench_kernel,
-            "--plot goes with --bench or --bench-kernel")
-    M.check_outputs(json=args.json, plot=args.plot)
-    args.mode, args.ends = (modes or [answer])[0], None     # answers end where a mode says so
+    task = args.prompt or args.make_draft
+    require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
+    require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
+            f"--make-draft {args.make_draft}: want layers:I,J, and --out")
+    require(not args.compile or torch.cuda.is_available(), "--compile wants a CUDA device")
+    require(os.path.isdir(os.path.dirname(args.json or "") or "."), f"--json {args.json}: no place")
     return args
-
 
 def main(argv=None):
     """Run the command line. -> the rows that --json writes"""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    rows = args.mode(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = make_draft(args) if args.make_draft else answer(args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
-    if args.plot:
-        plot(rows, args.plot)
     return rows
-
 
 if __name__ == "__main__":
     M.cli(main)
