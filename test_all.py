@@ -2183,7 +2183,7 @@ def needle(report, args):
     Then the size of caches; without --target only that, for SmolLM2's and Llama-3-8B's shape."""
     models = {"SmolLM2-135M": SHAPES["smollm2"], "Llama-3-8B": SHAPES["8b"]}
     if args.target:
-        model, tokenizer = S.load(args.target, torch.device(DEVICE))
+        model, tokenizer = S.load(args.target)
         models = {"--target": LlamaConfig.from_dict(model.model.config.to_dict())}
         find_needles(report, model, tokenizer, [int(l) for l in args.lengths.split(",")],
                      args.trials)
@@ -2251,8 +2251,8 @@ def compare_teacher(report, args):
     by transformers' generate. Ends are ignored; times are without the prompt."""
     n_new = args.tokens or 128
     device = torch.device(DEVICE)
-    hybrid, tokenizer = S.load(args.target, device)
-    teacher, _ = S.load(args.compare_teacher, device)
+    hybrid, tokenizer = S.load(args.target)
+    teacher, _ = S.load(args.compare_teacher)
     report.table(f"greedy, {n_new} tokens a prompt; identical: to this model's plain decoding",
                  model="<9", prompts="<16", decoded="<14", tokens_per_s=".1f", gen=".2f",
                  speed_up=".2f", identical="", of="")
@@ -2368,7 +2368,7 @@ def quiz(report, args):
     n_new = args.tokens or 32
     said = {}
     for name, folder in {"teacher": args.teacher, "student": args.target}.items():
-        model, tokenizer = S.load(folder, torch.device(DEVICE))
+        model, tokenizer = S.load(folder)
         questions = quiz_questions(tokenizer)
         prompts = [encode(question, tokenizer) for _, question, _ in questions]
         said[name] = greedy_answers(model, prompts, tokenizer, n_new)
@@ -2555,7 +2555,7 @@ def take_step(step, student, teacher, data, size, seed):
             new.load_state_dict(learnt, strict=False)
         return new, []
     options = dict(steps=max(2, round(float(value) * size["steps"])), batch_size=size["batch"],
-                   lr=RATES[kind], seed=seed)
+                   lr=RATES[kind])
     if kind == "align":
         return student, M.align_mixers(student, teacher, data["train"][0], **options)
     if kind == "DPO":
