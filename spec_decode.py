@@ -44,9 +44,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file
 
 import mamba_in_llama as M
@@ -139,14 +138,17 @@ if triton is not None:
         n = tl.arange(0, BN)[None, :]                                   # (1,BN)
         s = tl.arange(0, BR)                                            # (BR,)
         t = tl.arange(0, BT)                                            # (BT,)
-        # from here on the pointers are those of this row, head (its group, as in `to_heads`), p
+        # from here on the pointers are those of this row, head (its group, as in `to_heads`), p; a
+        # number of 64 bits is added before a tile of 32: tiles of 64 would fill the registers
         gx = head // (H // GX * RUNS) * RUNS + head % RUNS
         gb = head // (H // GB * RUNS) * RUNS + head % RUNS
         ring_x += (row * SLOTS * GX + gx) * P + p[None, :]              # (1,BP)
         ring_B += (row * SLOTS * GB + gb) * N + n                       # (1,BN)
         ring_dt += row * SLOTS * H + head
-        state += ((row * H + head) * P + p[:, None]) * N + n            # (BP,BN)
-        C += ((row * T + tl.minimum(t, T - 1)[:, None]) * H + head) * N + n             # (BT,BN)
+        state += (row * H + head) * P * N
+        state += p[:, None] * N + n                                     # (BP,BN)
+        C += (row * T * H + head) * N
+        C += tl.minimum(t, T - 1)[:, None] * H * N + n                  # (BT,BN)
         a = tl.load(A + head)
         # 1. the flush: committed tokens enter the state, and base moves behind them
         if n_old + T > ring:
@@ -333,7 +335,7 @@ class MixerCache:
         n = torch.as_tensor(n_accepted, device=counts.device, dtype=torch.int32)
         stands = n.clamp(min=0).minimum(counts[2])                          # (b,)
         if not n.is_cuda:
-            require(bool((stands == n).all()), f"commit of {n} of {counts[2]} tokens")
+            require((stands == n).all(), f"commit of {n.tolist()}, pending {counts[2].tolist()}")
         counts[1] += stands
         counts[2].zero_()
         self.open = 0
@@ -397,12 +399,12 @@ def prefill(model, tokens, cache, attention_mask=None, logits_to_keep=1):
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
     require(not cache.call.counts.any(), "prefill wants an empty cache")
     require(l >= 1, "the prompt is empty")
-    require(mask.shape == tokens.shape, f"attention_mask {mask.shape} for tokens {tokens.shape}")
+    require(mask.shape == tokens.shape, f"attention_mask {mask.shape}, tokens {tokens.shape}")
     require(bool((mask.diff() >= 0).all()), "prefill takes padding on the left only")
     length = mask.sum(-1)                                                   # (b,)
     longest = int(length.max())
     fits = longest <= cache.max_length or not cache.attention
-    require(fits, f"prompt: {longest} tokens, but room for {cache.max_length}")
+    require(fits, f"the prompt of {longest} tokens is longer than the {cache.max_length} kept")
     cache.call.visible = longest
     real = mask.bool() if int(length.min()) < l else None                   # (b,l)
     hidden = run_layers(model, tokens, length - l, torch.full_like(length, l), cache, True, real)
@@ -502,9 +504,8 @@ class Rows:
         is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])     # (b,T)
         ended = is_end.any(-1)                                          # (b,)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
-        at = self.length[:, None] + t                                   # (b,T)
-        away = self.tokens.shape[1] - 1         # where the rest of a block goes: shapes are static
-        self.tokens.scatter_(1, at.masked_fill(t >= n[:, None], away), block)
+        at = self.length[:, None] + t           # (b,K+1), the rest goes to the last column
+        self.tokens.scatter_(1, at.masked_fill(t >= n[:, None], self.tokens.shape[1] - 1), block)
         self.length += n
         self.alive &= ~ended & (self.length < self.limit)
 
@@ -523,10 +524,11 @@ def read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id):
         input_ids = torch.atleast_2d(input_ids)
     prompts = [torch.as_tensor(ids, device="cpu") for ids in input_ids]
     ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long).view(-1)
-    for ids in [*prompts, ends.cpu()]:
+    check_vocabulary(target, ends.cpu())
+    require(prompts, "input_ids holds no prompts")
+    for i, ids in enumerate(prompts):
+        require(ids.ndim == 1 and len(ids) > 0, f"prompt {i} is empty or no row of token ids")
         check_vocabulary(target, ids)
-    rows = [ids.ndim == 1 and len(ids) > 0 for ids in prompts]
-    require(rows and all(rows), f"a prompt is empty, or no row of tokens: {prompts}"[:100])
     device = target.get_input_embeddings().weight.device
     length = torch.tensor([len(ids) for ids in prompts], device=device)             # (b,)
     # the last round may overshoot by K + 1 tokens, and rows that have ended go on with the others
@@ -545,13 +547,11 @@ def shared_copy(model):
     return copy.deepcopy(model, memo)
 
 class FewRowsLinear(torch.nn.Linear):
-    """W x^T in place of x W^T, of two rows at least: fp32 products of up to 32 rows on a CPU then
-    keep all cores busy (SmolLM2: half the time)."""
+    """W x^T in place of x W^T, of two rows at least: fp32 products of few rows on a CPU then keep
+    all cores busy, and take half the time."""
     def forward(self, x):
         """x (...,k) -> (...,n)"""
         rows = x.reshape(-1, x.shape[-1])                               # (r,k)
-        if len(rows) > 32:
-            return super().forward(x)
         twice = rows.repeat(2, 1) if len(rows) == 1 else rows
         y = (self.weight @ twice.T).T[:len(rows)].reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
@@ -571,12 +571,13 @@ def start_decoding(model, rows, ring, compiled):
     if compiled:
         tuned = {"options": {"coordinate_descent_tuning": True}}        # 3 % faster, 15 s more
         how = tuned if compiled is True else {"backend": compiled}
-        cache.run_layer = torch.compile(run_layer, dynamic=False, **how)
+        more = torch._dynamo.config.patch(recompile_limit=64)           # 8 shapes are soon used up
+        cache.run_layer = more(torch.compile(run_layer, dynamic=False, **how))
     # 2. the prompts, padded on the left
     lengths = rows.length - 1                                           # (b,)
     longest = int(lengths.max())
-    require(not cache.attention or longest < model.config.max_position_embeddings,
-            f"the prompt of {longest + 1} tokens is longer than the context")
+    context = model.config.max_position_embeddings
+    require(longest < context or not cache.attention, f"{longest + 1} tokens, context of {context}")
     if longest > 0:
         at = lengths[:, None] + torch.arange(-longest, 0, device=lengths.device)    # (b,longest)
         prefill(model, rows.tokens.gather(1, at.clamp(min=0)), cache, (at >= 0).long())
@@ -621,7 +622,7 @@ class ModelDraft(Draft):
         """Read the prompts. ValueError where the vocabularies differ."""
         super().start(target, rows, lookahead, sampling, ring, compiled)
         V = self.original.config.vocab_size
-        require(V == target.config.vocab_size, f"draft: {V} words, not {target.config.vocab_size}")
+        require(V == target.config.vocab_size, f"the draft's vocabulary of {V} is another")
         self.model, self.cache = start_decoding(self.original, rows, ring, compiled)
 
     def propose(self):
@@ -659,8 +660,7 @@ class NGramDraft(Draft):
     def propose(self):
         """-> tokens (b,K), None; on the CPU (b,0), a plain step, when no row has a match."""
         length = self.rows.length
-        cuda = length.is_cuda
-        tokens = self.rows.tokens[:, :None if cuda else int(length.max())]      # (b,width)
+        tokens = self.rows.tokens[:, :None if length.is_cuda else int(length.max())]
         # 1. how many of the n tokens before each index are the row's last ones: 0..n
         windows = F.pad(tokens, (self.n, 0), value=-1).unfold(1, self.n, 1)     # (b,width+1,n)
         last = windows[torch.arange(len(length), device=length.device), length]     # (b,n)
@@ -670,14 +670,13 @@ class NGramDraft(Draft):
         fits = (same >= min(2, self.n)) & (index < length[:, None])             # (b,width+1)
         start = torch.where(fits, same * len(index) + index, 0).amax(-1) % len(index)   # (b,)
         # 3. its continuation; past the end of the context it repeats itself
-        K = self.K if cuda or start.any() else 0
+        K = self.K if length.is_cuda or start.any() else 0
         step = torch.arange(K, device=length.device) % (length - start)[:, None]    # (b,K)
         return tokens.gather(1, start[:, None] + step), None
 
 def LayerSubsetDraft(model, layers):
-    """An ordinary model of a few of a model's layers, with its embeddings, norm and head.
-    Weights are shared with `model` (deepcopy it before training: "shrink and fine-tune"); layers
-    are renumbered, so that caches and save_pretrained see an ordinary model."""
+    """An ordinary model of a few of a model's layers, renumbered, with its embeddings, norm and
+    head. The weights are shared: deepcopy it before training ("shrink and fine-tune")."""
     L = len(model.model.layers)
     require(layers and set(layers) <= set(range(L)) and len(set(layers)) == len(layers),
             f"draft layers {layers} must be different indices in 0..{L - 1}")
@@ -692,8 +691,7 @@ def LayerSubsetDraft(model, layers):
     if hasattr(model.config, "attn_layers"):
         kept = [j for j, i in enumerate(layers) if i in model.config.attn_layers]
         draft.config.attn_layers = kept
-        if not kept:                            # as `convert_to_hybrid` has it without attention
-            draft.config.layer_types[0] = "hybrid"
+        draft.config.layer_types[0] = draft.config.layer_types[0] if kept else "hybrid"
     return draft
 
 # ---- 6. Algorithm 2: SPECULATE drafts, VERIFY checks all drafted tokens in one call. ----------
@@ -819,7 +817,7 @@ def authors_tensors(folder, model):
         require(theirs.keys() >= set(parts), f"it lacks {parts}")
         # of in_proj: z (d_inner,D), x (d_xb,D), B (d_xb,D), C (d_inner,D), dt (rank,D)
         tensor = torch.cat([theirs.pop(i) for i in parts]) if parts else torch.zeros(p.shape)
-        require(tensor.shape == p.shape, f"{name} has {tensor.shape}, but {p.shape} is needed")
+        require(tensor.shape == p.shape, f"{name} has shape {(*tensor.shape,)}")
         if kind == "mamba" and inside == "dt_bias":
             tensor = 2 * tensor                     # added twice by their code, and trained so
         ours[name] = tensor.to(p.dtype)
@@ -845,6 +843,8 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
                 theirs["attn_layers"], "mamba2" if mamba2 else "mamba", "paper",
                 ssm.get("d_state", None if mamba2 else 16), d_conv=ssm.get("d_conv", 4),
                 group_by_state=not mamba2).eval()
+        for mixer in model.mixers().values():
+            require(theirs.get("d_xb") in (None, mixer.d_xb), f"d_xb {theirs.get('d_xb')}")
         # 2. the tensors
         model.load_state_dict(authors_tensors(folder, model), strict=False, assign=True)
         model.tie_weights()
@@ -932,26 +932,24 @@ def answer(args):
             run = partial(speculative_decode, target, draft, prompt, lookahead=args.lookahead)
             run(on_round=partial(show_round, tokenizer), **settings)
             made = run(compiled=args.compile, **settings)
-        row = {"draft": name, **vars(made), "tokens": made.tokens[0].tolist(),
-               "speed_up": made.tokens_per_second / plain.tokens_per_second,
-               "identical": torch.equal(made.tokens[0], plain.tokens[0])}
+        table.append({"draft": name, **vars(made), "tokens": made.tokens[0].tolist(),
+                      "speed_up": made.tokens_per_second / plain.tokens_per_second,
+                      "identical": torch.equal(made.tokens[0], plain.tokens[0])})
         print("{draft}: # Gen {tokens_per_round:.2f}, {accepted} of {drafted} stand, speed-up "
-              "{speed_up:.2f}, {tokens_per_second:.1f} tokens/s, same: {identical}".format(**row))
-        table.append(row)
+              "{speed_up:.2f}, {tokens_per_second:.1f}/s, same: {identical}".format(**table[-1]))
     return table
 
 def make_draft(args):
     """--make-draft layers:...: shrink and fine-tune on the target's own answers, save. -> rows"""
-    seconds = 60 * args.minutes
-    require(not os.path.exists(args.out), f"--out {args.out} exists")
+    require(not os.path.exists(args.out), f"--out {args.out} exists and may not be empty")
     target, tokenizer = load(args.target)
     chat = M.Chat(tokenizer)
     how = M.SETTINGS[target.device.type]
     tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"] - len(chat.user_start),
-                      how["sampled"], seconds=0.3 * seconds)                    # (n,length)
+                      how["sampled"], seconds=18 * args.minutes)               # (n,length)
     draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
     losses = M.distil("draft", draft, target, tokens, chat.label(tokens), alpha=how["alpha"],
-                      beta=1.0, seconds=0.6 * seconds, batch_size=how["batch"])
+                      beta=1.0, seconds=36 * args.minutes, batch_size=how["batch"])
     M.save(draft, tokenizer, args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
     return losses
@@ -983,8 +981,10 @@ def parse_args(argv):
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
+    folder = os.path.dirname(os.path.abspath(args.json or ""))
+    require(os.path.isdir(folder), f"--json: there is no directory {folder}")
+    require(1 <= args.lookahead <= 15, f"--lookahead {args.lookahead}: 1..15, a ring of 16 less 1")
     require(not args.compile or torch.cuda.is_available(), "--compile wants a CUDA device")
-    require(os.path.isdir(os.path.dirname(args.json or "") or "."), f"--json {args.json}: no place")
     return args
 
 def main(argv=None):
