@@ -240,12 +240,12 @@ class MixerState:
         """Twice as many slots as `ring`, since old and new tokens are in them at once, and those
         that the convolution looks back on. Mamba's kernel wants one x and B per head."""
         b = len(cache.call.row)
-        slots = 2 * cache.ring + mixer.d_conv - 1
-        groups = mixer.H if mixer.per_channel else mixer.G
+        slots = 2 * cache.ring + mixer.config.d_conv - 1
+        groups = mixer.H if mixer.per_channel else mixer.d_xb // mixer.N
         channels = mixer.N if mixer.per_channel else 1
         wide = torch.promote_types(zeros(1).dtype, torch.float32)
         self.call = cache.call
-        self.d_conv = mixer.d_conv
+        self.d_conv = mixer.config.d_conv
         self.fold_at = 0 if mixer.per_channel else cache.ring               # `ring` of multi_step
         self.state = zeros(b, mixer.H, mixer.N, mixer.N, dtype=wide)        # (b,H,P,N) behind
         self.ring_x = zeros(b, slots, groups, mixer.N)                      # (b,slots,Gx,P)
@@ -299,6 +299,11 @@ class AttentionState:
         self.v[call.row, :, call.columns] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[:, :, :call.visible], self.v[:, :, :call.visible]
 
+def check_family(model, role):
+    """ValueError for what is no Llama, Mistral, Qwen2 or hybrid: what it adds would be lost."""
+    kind = getattr(model.config, "teacher_type", model.config.model_type)
+    require(kind in M.FAMILIES, f"{role}: model type {kind!r} is none of {', '.join(M.FAMILIES)}")
+
 class MixerCache:
     """All that a decoder remembers, hybrid or plain. `decode` makes tokens pending, `commit`
     decides how many of them stand; to roll back, commit fewer than are pending."""
@@ -308,7 +313,7 @@ class MixerCache:
         """An empty cache for a Llama, Mistral, Qwen2 or a hybrid of them. max_length: tokens of a
         row in attention layers (default: the context). ring: most tokens between two commits."""
         require(min(batch_size, ring) >= 1, f"batch_size {batch_size}, ring {ring}: want 1 or more")
-        M.check_family(model, "the cache's model")
+        check_family(model, "the cache's model")
         rope = (model.model.config.rope_parameters or {}).get("rope_type")
         require(rope not in ("dynamic", "longrope"), f"RoPE {rope!r} changes with a call's length")
         weight = model.get_input_embeddings().weight
@@ -615,7 +620,7 @@ class Draft:
 class ModelDraft(Draft):
     """A decoder, hybrid or plain, as a draft; its cache rolls back by the same commit."""
     def __init__(self, model):
-        M.check_family(model, "draft")
+        check_family(model, "draft")
         self.original = model
 
     def start(self, target, rows, lookahead, sampling, ring, compiled):
@@ -767,7 +772,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     are emitted. compiled: see `start_decoding`. ValueError if something is wrong -> DecodeResult"""
     require(type(draft) is Draft or lookahead >= 1, f"lookahead {lookahead} must be at least 1")
     require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
-    M.check_family(target, "target")
+    check_family(target, "target")
     sampling = Sampling(temperature, top_k, top_p, generator)
     rows = read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id)
     # a draft of the caller's keeps nothing of this call, so that threads may share it
@@ -830,7 +835,7 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
     """A checkpoint of jxiw/MambaInLlama, Mamba or Mamba2, as a HybridForCausalLM on the CPU, in
     bfloat16 unless said otherwise. ValueError, in one line, for whatever cannot be read as one."""
     folder = directory_or_hub_name
-    try:
+    with M.reading(folder, "a checkpoint of the authors"):
         # 1. config.json (the teacher's) and mamba_config.json: shapes without memory
         folder = folder if os.path.isdir(folder) else snapshot_download(folder)
         theirs = json.loads(Path(folder, "mamba_config.json").read_text())
@@ -851,9 +856,6 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.model.config)   # in no file
         if Path(folder, "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:                      # of files, JSON, safetensors, pickles, shapes
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"no authors' checkpoint in {folder}: {reason}") from None
     return model
 
 # ---- 8. The command line. ---------------------------------------------------------------------
@@ -861,14 +863,13 @@ def load_authors_checkpoint(directory_or_hub_name, dtype=None):
 def load(name):
     """A model (ours, the authors' or a plain decoder) and its tokenizer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     authors = False
     with suppress(Exception):                       # M.read_model says what is wrong
         authors = has_file(name, "mamba_config.json")
     if authors:
-        return load_authors_checkpoint(name, dtype).to(device), AutoTokenizer.from_pretrained(name)
-    model, tokenizer = M.read_model(name, dtype)
-    return model.to(device), tokenizer
+        model = load_authors_checkpoint(name, torch.float32 if device == "cpu" else None)
+        return model.to(device), AutoTokenizer.from_pretrained(name)
+    return M.read_model(name, device)
 
 def read_draft(spec, target):
     """DIR, layers:0,10,20,29 or ngram:3 -> a draft"""
@@ -948,8 +949,8 @@ def make_draft(args):
     tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"] - len(chat.user_start),
                       how["sampled"], seconds=18 * args.minutes)               # (n,length)
     draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
-    losses = M.distil("draft", draft, target, tokens, chat.label(tokens), alpha=how["alpha"],
-                      beta=1.0, seconds=36 * args.minutes, batch_size=how["batch"])
+    losses = M.distil("draft", draft, target, tokens, chat.label(tokens),
+                      seconds=36 * args.minutes, batch_size=how["batch"])
     M.save(draft, tokenizer, args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
     return losses
@@ -981,8 +982,6 @@ def parse_args(argv):
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
-    folder = os.path.dirname(os.path.abspath(args.json or ""))
-    require(os.path.isdir(folder), f"--json: there is no directory {folder}")
     require(1 <= args.lookahead <= 15, f"--lookahead {args.lookahead}: 1..15, a ring of 16 less 1")
     require(not args.compile or torch.cuda.is_available(), "--compile wants a CUDA device")
     return args
@@ -993,7 +992,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     rows = make_draft(args) if args.make_draft else answer(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        M.write_whole(args.json, lambda file: file.write(json.dumps(rows, indent=1).encode()))
     return rows
 
 if __name__ == "__main__":
