@@ -881,8 +881,7 @@ def read_draft(spec, target):
     return NGramDraft(numbers[0]) if kind == "ngram" else LayerSubsetDraft(target, numbers)
 
 def read_prompt(text, target, tokenizer, raw):
-    """A user's turn where there is a chat template, unless `raw`. -> ids (l,), end tokens: a base
-    model's files name one, a chat model's answers often end with another"""
+    """A user's turn where there is a chat template, unless `raw`. -> ids (l,), its end tokens"""
     ends = torch.tensor(target.generation_config.eos_token_id or []).view(-1).tolist()
     ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template and not raw:
@@ -982,6 +981,8 @@ def parse_args(argv):
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
+    with M.reading(f"--json {args.json}", "a path that can be written"):
+        os.makedirs(os.path.dirname(os.path.abspath(args.json or "x")), exist_ok=True)
     require(1 <= args.lookahead <= 15, f"--lookahead {args.lookahead}: 1..15, a ring of 16 less 1")
     require(not args.compile or torch.cuda.is_available(), "--compile wants a CUDA device")
     return args

@@ -1604,9 +1604,7 @@ COLOURS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00",
                pink="#CC79A7", grey="#CCCCCC")              # Okabe and Ito: colour-blind safe
 
 class Report:
-    """Tables, printed a line at a time; --json holds all rows after each of them, so that an
-    interrupted run keeps what it has."""
-
+    """Tables, printed a line at a time; --json is written after each, for runs that are cut off."""
     def __init__(self, path):
         self.path = path
         self.rows = []
@@ -1616,8 +1614,7 @@ class Report:
         print(self.about)
 
     def table(self, title, **columns):
-        """Begin a table. columns: {key of a row: format}; "<30" is a text of 30 columns, "±" shows
-        a list's mean and spread."""
+        """columns: {key of a row: format}; "<30": text of 30 columns, "±": mean and spread."""
         self.columns = columns
         print(f"\n{title}")
         self.print_cells({key: key.replace("_", " ") for key in columns})
@@ -1625,8 +1622,8 @@ class Report:
     def print_cells(self, texts):
         """One line."""
         for key, form in self.columns.items():
-            width = 15 if form == "±" else max(7, len(key) + 2)
-            print(f"{texts[key]:{form}}" if "<" in form else texts[key].rjust(width), end="")
+            width = 15 if form == "±" else max(7, len(key) + 1)
+            print(f"{texts[key]:{form}}" if "<" in form else " " + texts[key].rjust(width), end="")
         print(flush=True)
 
     def add(self, **row):
@@ -1639,18 +1636,13 @@ class Report:
                 texts[key] = "" if row[key] is None else f"{row[key]:{form}}"
         self.print_cells(texts)
         self.rows.append(row)
-        self.save()
-
-    def save(self):
-        """To --json; the old file stays until the new one is whole."""
-        if self.path:
+        if self.path:                                   # the old file stays until this one is whole
             with open(self.path + ".tmp", "w") as file:
                 json.dump({"about": self.about, "rows": self.rows}, file, indent=1)
             os.replace(self.path + ".tmp", self.path)
 
 def picture(path, draw, width=9, height=5, panels=(1, 1), **data):
-    """Let draw(axes, **data) fill axes whose letters stay legible at half the width, and save.
-    matplotlib is optional, so it is imported here; a Figure without pyplot needs no display."""
+    """Let draw(axes, **data) fill axes and save them. matplotlib is optional; no display needed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     with rc_context({"font.size": 16, "lines.linewidth": 2.5, "lines.markersize": 9}):
@@ -1690,36 +1682,29 @@ def llama(width, mlp, layers, heads, groups, words, tied=True):
 SHAPES = {
     "2.8b": llama(2560, 6464, 32, 20, 20, 50280), "130m": llama(768, 1984, 12, 12, 12, 50280),
     "7b": llama(4096, 10304, 32, 32, 32, 128256), "1b": llama(2048, 8192, 16, 32, 8, 128256),
-    "8b": llama(4096, 14336, 32, 32, 8, 128256, False),                         # Llama-3-8B
-    "zephyr": llama(4096, 14336, 32, 32, 8, 32000, False),
-    "smollm2": llama(576, 1536, 30, 9, 3, 49152),                               # SmolLM2-135M
-    "tiny": llama(256, 768, 8, 8, 4, 4096), "nano": llama(64, 192, 2, 4, 2, 4096)}
-# size: of SHAPES; attention: share of layers; paper_gen, paper_speed_up: what the paper says (7B,
-# 2.8B: H100, others: 3090). Two # Gen are misprints: 4.04 of 2.8b is above its bound of 4, so 3.9
-# is simulated; 27 of 8b at 50 % is 2.7 or, by the speed-up, 3.6
+    "8b": llama(4096, 14336, 32, 32, 8, 128256, False), "tiny": llama(256, 768, 8, 8, 4, 4096),
+    "zephyr": llama(4096, 14336, 32, 32, 8, 32000, False), "nano": llama(64, 192, 2, 4, 2, 4096),
+    "smollm2": llama(576, 1536, 30, 9, 3, 49152)}
+# attention: share of layers; paper_...: the paper's (7B, 2.8B: H100, others: 3090). Misprints: 4.04
+# of 2.8b is above its bound of 4, 3.9 is simulated; 27 of 8b is 2.7 or, by the speed-up, 3.6
 Trial = collections.namedtuple("Trial", "size attention draft K paper_gen paper_speed_up")
-TRIALS = [
-    Trial("2.8b", 0, "130m", 3, 3.9, 1.71), Trial("2.8b", 0, "130m", 4, 3.9, 1.85),
-    Trial("7b", 0, "1b", 3, 3.28, 1.95), Trial("7b", 0, "1b", 4, 3.6, 2.0),
-    Trial("8b", 0.5, "layers:0,10,20,31", 4, 2.7, 1.6),
-    Trial("8b", 0.5, "layers:0,10,20,31", 4, 3.6, 1.6),
-    Trial("8b", 0.25, "layers:0,10,20,31", 4, 3.6, 1.58),
-    Trial("zephyr", 0.5, "layers:0,31", 4, 2.48, 1.8),
-    Trial("zephyr", 0.5, "layers:0,10,20,31", 4, 3.0, 1.81),
-    Trial("zephyr", 0.25, "layers:0,31", 4, 2.64, 1.88),
-    Trial("zephyr", 0.25, "layers:0,10,20,31", 4, 3.0, 1.8),
-    Trial("tiny", 0, "nano", 4, 3.6, None), Trial("tiny", 0.5, "layers:0,7", 4, 2.48, None)]
+FOUR = "layers:0,10,20,31"
+TRIALS = [Trial(*values) for values in (
+    ("2.8b", 0, "130m", 3, 3.9, 1.71), ("2.8b", 0, "130m", 4, 3.9, 1.85),
+    ("7b", 0, "1b", 3, 3.28, 1.95), ("7b", 0, "1b", 4, 3.6, 2.0),
+    ("8b", 0.5, FOUR, 4, 2.7, 1.6), ("8b", 0.5, FOUR, 4, 3.6, 1.6),
+    ("8b", 0.25, FOUR, 4, 3.6, 1.58),
+    ("zephyr", 0.5, "layers:0,31", 4, 2.48, 1.8), ("zephyr", 0.5, FOUR, 4, 3.0, 1.81),
+    ("zephyr", 0.25, "layers:0,31", 4, 2.64, 1.88), ("zephyr", 0.25, FOUR, 4, 3.0, 1.8),
+    ("tiny", 0, "nano", 4, 3.6, None), ("tiny", 0.5, "layers:0,7", 4, 2.48, None))]
 
 class FreeDraft(S.NGramDraft):
     """A draft that costs nothing: with all tokens accepted, a round is what VERIFY costs."""
-
     def propose(self):
-        """-> tokens (b,K), None"""
         return self.rows.tokens[:, :self.K], None
 
 def memory_bandwidth():
-    """Bytes per second that this memory gives at best, streaming through 1 GiB (CPU: 256 MiB): the
-    roof over every decoding step. Copies are slower than reads."""
+    """Bytes per second that this memory gives at best, by copies or reads of 1 GiB or 256 MiB."""
     a = torch.ones(2 ** (28 if DEVICE == "cuda" else 26), device=DEVICE)
     b = torch.ones_like(a)
     copying = 2 * a.nbytes / clock([lambda: b.copy_(a)] * 10)
@@ -1758,16 +1743,15 @@ def acceptance_for(gen, K):
 
 def bench(report, args):
     """--bench: how fast a target decodes, plainly and with a draft. first_s: seconds before the
-    first token, kernels, compiling and the graph included. floor: share of the weight-streaming
-    floor, which is reading the weights once a token. verify: a round of K + 1 tokens whose draft is
-    free, over a plain step."""
+    first token, with compiling and capture. floor: share of the tokens/s that reading the weights
+    once a token would allow. verify: a round of K + 1 tokens with a free draft, over a step."""
     sizes = (args.sizes or ("2.8b,7b,8b,zephyr" if DEVICE == "cuda" else "tiny")).split(",")
     known = dict.fromkeys(trial.size for trial in TRIALS)
     M.require(set(sizes) <= set(known), f"--sizes {args.sizes}: want some of {', '.join(known)}")
     torch.manual_seed(0)
     roof = report.about["memory_bytes_per_s"] = memory_bandwidth()
     report.table(f"random weights, SIMULATED acceptance, batch 1; memory gives {roof / 1e12:.3f} "
-                 "TB/s", target="<12", draft="<18", K="", compiled="<9", first_s=".1f",
+                 "TB/s", target="<12", draft="<18", K="", compiled="", first_s=".1f",
                  plain_per_s=".1f", floor=".0%", verify=".2f", tokens_per_s=".1f", gen=".2f",
                  paper_gen=".2f", speed_up=".2f", paper_speed_up=".2f")
     wanted = [trial for trial in TRIALS if trial.size in sizes]
@@ -1805,8 +1789,7 @@ def bench_target(report, target, trials, compiled, n_new):
 
 # ---- 16. --bench-kernel (Figure 3), --bench-scan. ---------------------------------------------
 
-# heads x value channels x states, of an 8B; channels x states, of a 7B: mixer, query heads,
-# key/value heads, head dimension, states
+# an 8B's layer and a 7B's: mixer, query heads, key/value heads, head dimension, states
 KERNEL_LAYERS = {"mamba2 32x128x128": ("mamba2", 32, 8, 128, 128),
                  "mamba 4096x16": ("mamba", 32, 8, 128, 16)}
 # by batch and T, other projects' kernels on an H100, us, in CUDA graphs on rotated buffers: T
@@ -1817,9 +1800,8 @@ PEERS = {
         (1, 16): "44 / 25 / 10.2 / 12.5", (64, 1): "102 / 161 / 99 / 70.6",
         (64, 5): "511 / 568 / 121 / 94.6", (64, 16): "1633 / 1812 / 238 / 155",
         (256, 1): "402 / 633 / 388 / 260", (256, 5): "2006 / 2257 / 461 / 356"},
-    "mamba 4096x16": {
-        (1, 1): "2.2 / - / - / -", (1, 5): "9.5 / 6.4 / 4.0 / -", (64, 1): "13.7 / - / - / -",
-        (64, 5): "58 / 71 / 31 / -"}}
+    "mamba 4096x16": {(1, 1): "2.2 / - / - / -", (1, 5): "9.5 / 6.4 / 4.0 / -",
+                      (64, 1): "13.7 / - / - / -", (64, 5): "58 / 71 / 31 / -"}}
 
 def bare_mixer(kind, heads, groups, head_dim, N):
     """A mixer without its projections: its input (b,T,rows) is in_proj's output."""
@@ -1827,18 +1809,15 @@ def bare_mixer(kind, heads, groups, head_dim, N):
         hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=groups,
         head_dim=head_dim, mixer=kind, d_state=N)
     mixer = M.Mixer(config, 0)
-    mixer.init_parameters()
     mixer.to(DEVICE, DTYPE)
     mixer.A_log.data = mixer.A_log.data.float()
     mixer.dt_bias.data = mixer.dt_bias.data.float()
-    mixer.in_proj = torch.nn.Identity()
-    mixer.out_proj = torch.nn.Identity()
+    mixer.in_proj = mixer.out_proj = torch.nn.Identity()
     return mixer.eval()
 
 def kernel_calls(mixer, b, T, copies, compiled):
-    """All calls of a flush cycle, each on every copy of the buffers. -> {name: functions}
-    The calls of a cycle find T, 2 T, ... committed tokens in the ring of 16, the last one folds
-    them; Mamba's kernel folds in every call."""
+    """All calls of a flush cycle, each on every copy of the buffers: they find T, 2 T, ... tokens
+    in the ring of 16, the last one folds them (Mamba's kernel: each). -> {name: functions}"""
     like = dict(device=DEVICE, dtype=DTYPE)
     cache = S.MixerCache()
     cache.ring = 16
@@ -1855,7 +1834,7 @@ def kernel_calls(mixer, b, T, copies, compiled):
     calls = {"kernel": [], "mixer": []}
     for n in range(T, max(parts[0].fold_at, T) + 1, T):
         counts = torch.tensor([[0], [n], [0]], dtype=torch.int32, device=DEVICE).repeat(1, b)
-        at = n + torch.arange(1 - mixer.d_conv, T, device=DEVICE)               # (W-1+T,)
+        at = n + torch.arange(1 - parts[0].d_conv, T, device=DEVICE)               # (W-1+T,)
         call = S.Call(counts, cache.call.row, slots=at.repeat(b, 1) % parts[0].ring_u.shape[1])
         for part in parts:
             part = copy.copy(part)                      # the same tensors
@@ -1869,9 +1848,8 @@ def kernel_calls(mixer, b, T, copies, compiled):
 @torch.no_grad()
 def bench_kernel(report, args):
     """--bench-kernel (Figure 3): T tokens in one call against T calls, and a copy of the state.
-    us: S.multi_step alone; mixer_us: all that a mixer does between its two projections. The mean
-    over a flush cycle with all T tokens accepted in each call; on CUDA one graph, on up to 64
-    buffers that exceed the L2 together where they are big. --plot takes every T."""
+    us: S.multi_step alone; mixer_us: all between a mixer's two projections. The mean over a flush
+    cycle, all T accepted in each call; on CUDA one graph, on up to 64 buffers. --plot: every T"""
     report.table(f"us a call and layer, ring 16, mixers{' ' if args.compile else ' not '}compiled; "
                  "others: mamba_ssm / authors / vLLM / ReplaySSM, on an H100", layer="<18",
                  batch="", T="", us=".1f", T_x_one=".1f", copy=".1f", mixer_us=".1f",
@@ -1883,8 +1861,7 @@ def bench_kernel(report, args):
         copies = min(64, math.ceil(150 * 2 ** 20 / (4 * size))) if DEVICE == "cuda" else 1
         pairs = torch.ones(copies, 2, size, device=DEVICE)
         copied = clock([functools.partial(new.copy_, old) for new, old in pairs])
-        pairs = None
-        one = {}
+        pairs = one = None
         for T in range(1, 17) if args.plot else (1, 5, 16):
             calls = kernel_calls(mixer, b, T, copies, args.compile)
             us = {what: 1e6 * clock(calls[what]) for what in calls}
@@ -1906,8 +1883,7 @@ def draw_kernel(axes, rows):
                                       ("copy", ":", "a copy of the state")):
                 axis.plot([row["T"] for row in part], [row[key] for row in part], style,
                           color=COLOURS[colour], label=f"batch {b}: {label}")
-        axis.set(title=name, yscale="log", xlabel="tokens T", xticks=(1, 4, 8, 12, 16),
-                 ylabel="µs per layer")
+        axis.set(title=name, yscale="log", xlabel="tokens T", xticks=(1, 8, 16), ylabel="µs")
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 def peak_bytes(function):
@@ -1921,11 +1897,10 @@ def peak_bytes(function):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
     events = sorted(seen.events(), key=lambda event: event.time_range.start)
-    return max(itertools.accumulate(e.cpu_memory_usage for e in events if e.name == "[memory]"))
+    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
 
 def bench_scan(report, args):
-    """--bench-scan: one layer's scan in training, the form in use against the definition. Times
-    alternate between the forms, the best of four counts."""
+    """--bench-scan: one layer's scan in training against the definition; the best of four runs."""
     report.table("forward + backward of (1, length) tokens, 9 heads, state 64 x 64, float32",
                  mixer="<8", form="<12", length=",", ms=".1f", speed_up=".1f", peak_MiB=".1f",
                  share_of_loop=".0%")
@@ -1944,18 +1919,17 @@ def bench_scan(report, args):
         loop = functools.partial(train, M.recurrence)
         chunks = functools.partial(train, M.chunked_scan)
         runs = [(seconds_of(loop)[0], seconds_of(chunks)[0]) for _ in range(4)]
-        peak_of_loop = peak_bytes(loop)
-        for form, call, seconds in zip(("token loop", "chunks"), (loop, chunks), zip(*runs)):
-            peak = peak_bytes(call)
+        peaks = peak_bytes(loop), peak_bytes(chunks)
+        for form, peak, seconds in zip(("token loop", "chunks"), peaks, zip(*runs)):
             report.add(mixer=mixer, form=form, length=length, ms=1e3 * min(seconds),
                        speed_up=min(runs)[0] / min(seconds), peak_MiB=peak / 2 ** 20,
-                       share_of_loop=peak / peak_of_loop)
+                       share_of_loop=peak / peaks[0])
 
 # ---- 17. --needle (Figure 4) and cache sizes, --compare-teacher. ------------------------------
 
 def needle(report, args):
     """--needle: sizes of caches of two teachers' shapes; for --target `find_needles`."""
-    report.table("cache of one row", model="<10", attention=".0%", tokens=",", MiB=".1f",
+    report.table(f"cache of one row, {DTYPE}", model="<10", attention=".0%", tokens=",", MiB=".1f",
                  share_of_teacher=".0%")
     for name in ("smollm2", "8b"):
         teachers = {}                                   # bytes at 100 % attention
@@ -1973,9 +1947,8 @@ def find_needles(report, args):
     """Is a number found again, hidden at some depth of a long text? 8 prompts for each cell."""
     from pydoc_data.topics import topics
     model, tokenizer = S.load(args.target)
-    context = model.config.max_position_embeddings
-    M.require(max(args.lengths) + 12 <= context,
-              f"--lengths {args.lengths}: the context is {context}")
+    most = model.config.max_position_embeddings - 12
+    M.require(40 < min(args.lengths) and max(args.lengths) <= most, f"--lengths: want 41 to {most}")
     read = functools.partial(tokenizer, verbose=False)
     hay = 9 * read("\n".join(topics[k] for k in sorted(topics))).input_ids
     ask = read("\nWhat is the magic number? The magic number is").input_ids
@@ -2002,27 +1975,22 @@ def trial_questions():
             "repeating": ["Go on with this list up to 40:\n" + "".join(rows) for rows in lists]}
 
 def by_transformers(model, prompt, n_new):
-    """transformers' own greedy generate, timed without prompt and first token.
-    prompt (l,) -> DecodeResult of n_new tokens"""
-    spent = {}
-    for n in (1, n_new + 1):
-        spent[n], made = seconds_of(lambda: model.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
-            max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.0, pad_token_id=0))  # (1,l+n)
-    return S.DecodeResult([made[0, len(prompt):-1]], n_new, 0, 0, 1.0, spent[n] - spent[1], 0.0)
+    """transformers' own greedy generate, the prompt timed too. prompt (l,) -> DecodeResult"""
+    seconds, made = seconds_of(lambda: model.generate(
+        prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
+        max_new_tokens=n_new, min_new_tokens=n_new, repetition_penalty=1.0, pad_token_id=0))
+    return S.DecodeResult([made[0, len(prompt):]], n_new, 0, 0, 1.0, seconds, 0.0)
 
 @torch.no_grad()
 def first_difference(model, prompt, plain, other):
-    """Where two greedy answers part, and the gap of the two logits there: sums of another order
-    round differently. prompt (l,)  plain, other (n,)"""
+    """Where two answers part, and the gap of their logits. prompt (l,)  plain, other (n,)"""
     i = int((plain != other).int().argmax())
     logits = model(torch.cat((prompt, plain[:i]))[None], logits_to_keep=1).logits[0, 0]     # (V,)
     gap = float((logits[plain[i]] - logits[other[i]]).abs())
     return f"token {i} differs, its two logits are {gap:.2g} apart"
 
 def compare_teacher(report, args):
-    """--compare-teacher: 20 greedy answers, decoded plainly, with ngram:3, and those of the teacher
-    by transformers' generate. Ends are ignored; times are without the prompt."""
+    """--compare-teacher: greedy answers, plainly, with ngram:3, the teacher's by transformers."""
     n_new = args.tokens or 128
     models = {"hybrid": S.load(args.target), "teacher": S.load(args.compare_teacher)}
     report.table(f"greedy, {n_new} tokens for each of 10 prompts; identical: to plain decoding",
@@ -2036,7 +2004,6 @@ def compare_teacher(report, args):
         ways = {"plainly": plain, "with ngram:3": fast}
         if name == "teacher":
             ways["transformers"] = [by_transformers(model, prompt, n_new) for prompt in prompts]
-        slow = sum(made.seconds for made in plain)
         for way, answers in ways.items():
             different = [f"{i}: " + first_difference(model, prompts[i], a.tokens[0], b.tokens[0])
                          for i, (a, b) in enumerate(zip(plain, answers))
@@ -2044,7 +2011,8 @@ def compare_teacher(report, args):
             seconds = sum(made.seconds for made in answers)
             tokens = n_new * len(answers)
             report.add(model=name, prompts=kind, decoded=way, tokens_per_s=tokens / seconds,
-                       gen=tokens / sum(made.rounds for made in answers), speed_up=slow / seconds,
+                       speed_up=sum(made.seconds for made in plain) / seconds,
+                       gen=tokens / sum(made.rounds for made in answers),
                        identical=10 - len(different), different=different)
             print("".join(f"    prompt {text}\n" for text in different), end="")
 
@@ -2056,28 +2024,27 @@ Norway Oslo, Sweden Stockholm, Finland Helsinki, Iceland Reykjavik, Ireland Dubl
 United_Kingdom London, Poland Warsaw, Czech_Republic Prague, Slovakia Bratislava, Hungary Budapest,
 Romania Bucharest, Bulgaria Sofia, Serbia Belgrade, Croatia Zagreb, Slovenia Ljubljana, Mali Bamako,
 Albania Tirana, Ukraine Kyiv|Kiev, Russia Moscow, Estonia Tallinn, Latvia Riga, Lithuania Vilnius,
-Belarus Minsk, Switzerland Bern, Turkey Ankara, Cyprus Nicosia, Malta Valletta, Georgia Tbilisi,
-Armenia Yerevan, Azerbaijan Baku, Israel Jerusalem, Lebanon Beirut, Syria Damascus, Jordan Amman,
-Iraq Baghdad, Iran Tehran, Saudi_Arabia Riyadh, Yemen Sanaa|Sana'a, Oman Muscat, Qatar Doha,
-Afghanistan Kabul, Pakistan Islamabad, India New_Delhi|Delhi, Nepal Kathmandu, Bhutan Thimphu,
-Bangladesh Dhaka, Thailand Bangkok, Laos Vientiane, Cambodia Phnom_Penh, Vietnam Hanoi, Ghana Accra,
-Malaysia Kuala_Lumpur, Indonesia Jakarta, Philippines Manila, China Beijing, Mongolia Ulaanbaatar,
-South_Korea Seoul, North_Korea Pyongyang, Japan Tokyo, Taiwan Taipei, Australia Canberra, Fiji Suva,
-New_Zealand Wellington, Egypt Cairo, Libya Tripoli, Tunisia Tunis, Morocco Rabat, Sudan Khartoum,
-Ethiopia Addis_Ababa, Kenya Nairobi, Uganda Kampala, Rwanda Kigali, Zambia Lusaka, Zimbabwe Harare,
-Mozambique Maputo, Angola Luanda, Namibia Windhoek, Botswana Gaborone, Nigeria Abuja, Senegal Dakar,
-Somalia Mogadishu, Canada Ottawa, United_States Washington, Cuba Havana, Jamaica Kingston,
-Honduras Tegucigalpa, Nicaragua Managua, Colombia Bogota, Venezuela Caracas, Ecuador Quito,
-Argentina Buenos_Aires, Uruguay Montevideo, Paraguay Asuncion, Brazil Brasilia"""
+Belarus Minsk, Switzerland Bern, Turkey Ankara, Georgia Tbilisi, Armenia Yerevan, Azerbaijan Baku,
+Israel Jerusalem, Lebanon Beirut, Syria Damascus, Jordan Amman, Iraq Baghdad, Iran Tehran,
+Saudi_Arabia Riyadh, Yemen Sanaa|Sana'a, Oman Muscat, Qatar Doha, Afghanistan Kabul,
+Pakistan Islamabad, India New_Delhi|Delhi, Nepal Kathmandu, Bangladesh Dhaka, Thailand Bangkok,
+Cambodia Phnom_Penh, Vietnam Hanoi, Ghana Accra, Malaysia Kuala_Lumpur, Indonesia Jakarta,
+Philippines Manila, China Beijing, Mongolia Ulaanbaatar, South_Korea Seoul, North_Korea Pyongyang,
+Japan Tokyo, Australia Canberra, New_Zealand Wellington, Egypt Cairo, Libya Tripoli, Tunisia Tunis,
+Morocco Rabat, Sudan Khartoum, Ethiopia Addis_Ababa, Kenya Nairobi, Uganda Kampala, Rwanda Kigali,
+Zimbabwe Harare, Mozambique Maputo, Angola Luanda, Nigeria Abuja, Senegal Dakar, Somalia Mogadishu,
+Canada Ottawa, United_States Washington, Cuba Havana, Jamaica Kingston, Nicaragua Managua,
+Colombia Bogota, Venezuela Caracas, Ecuador Quito, Argentina Buenos_Aires, Uruguay Montevideo,
+Paraguay Asuncion, Brazil Brasilia"""
 LISTS = """Monday, Tuesday, Wednesday: Thursday; January, February, March: April; A, B, C, D: E;
 one, two, three: four; 2, 4, 6, 8: 10; 5, 10, 15, 20: 25; 10, 20, 30, 40: 50; 1, 3, 5, 7: 9;
-9, 8, 7, 6: 5; first, second, third: fourth; Mercury, Venus, Earth: Mars; 1, 2, 4, 8: 16; w, x, y: z;
+9, 8, 7, 6: 5; first, second, third: fourth; Mercury, Venus, Earth: Mars; 1, 2, 4, 8: 16;
 spring, summer, autumn: winter; 100, 200, 300: 400; a, e, i, o: u; Friday, Saturday: Sunday;
-20, 19, 18, 17: 16; ten, twenty, thirty: forty; 50, 60, 70, 80: 90; 7, 14, 21: 28"""
-OPPOSITES = """hot cold, big small|little, up down, good bad|evil, left right, black white, fast slow,
-high low, day night, open closed|close|shut, rich poor, old young|new, happy sad|unhappy, win lose,
-long short, hard soft|easy, light dark|heavy, early late, full empty, wet dry, strong weak,
-clean dirty, love hate, true false, begin end|finish, buy sell, first last"""
+20, 19, 18, 17: 16; ten, twenty, thirty: forty; w, x, y: z; 50, 60, 70, 80: 90; 7, 14, 21: 28"""
+OPPOSITES = """hot cold, big small|little, up down, good bad|evil, left right, black white,
+day night, high low, open closed|close|shut, rich poor, old young|new, happy sad|unhappy,
+fast slow, win lose, long short, hard soft|easy, light dark|heavy, early late, full empty, wet dry,
+strong weak, clean dirty, love hate, true false, begin end|finish, buy sell, first last"""
 
 def quiz_questions(tokenizer):
     """-> list of (kind, question, right answers a|b)"""
@@ -2098,8 +2065,7 @@ def quiz_questions(tokenizer):
         items, right = line.strip().split(": ")
         questions.append(("list", f"What comes next in this list? {items}, ...", right))
     for _ in range(25):
-        a = draw.randrange(1, 10)
-        b = draw.randrange(1, 10)
+        a, b = draw.choices(range(1, 10), k=2)
         questions.append(("sum", f"What is {a} + {b}?", str(a + b)))
     for pair in OPPOSITES.split(","):
         word, right = pair.split()
@@ -2107,12 +2073,10 @@ def quiz_questions(tokenizer):
     return questions
 
 def is_right(answer, question, right):
-    """Does one of the right answers stand in the answer as a word? What the answer repeats of a
-    sum or a list does not count, accents and case neither."""
+    """Is a right answer a word of it? What it repeats of a sum or a list does not count."""
     asked = re.search(r"\d+ \+ \d+|(?<=list\? ).*(?=, \.\.\.)", question)
     answer = answer.replace(asked[0], "") if asked else answer
-    letters = unicodedata.normalize("NFKD", answer).casefold()
-    answer = "".join(c for c in letters if not unicodedata.combining(c))
+    answer = unicodedata.normalize("NFKD", answer).encode("ascii", "ignore").decode().casefold()
     return any(re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", answer)
                for word in right.split("|"))
 
@@ -2121,9 +2085,9 @@ def greedy_answers(folder, n_new):
     model, tokenizer = S.load(folder)
     questions = quiz_questions(tokenizer)
     answers = []
-    for k in tqdm(range(0, len(questions), 32), "answers", leave=False, disable=None):
+    for k in tqdm(range(0, len(questions), 24), "answers", leave=False, disable=None):
         prompts, ends = zip(*[S.read_prompt(text, model, tokenizer, False)
-                              for _, text, _ in questions[k:k + 32]])
+                              for _, text, _ in questions[k:k + 24]])
         made = S.generate(model, prompts, n_new, eos_token_id=ends[0])
         answers += [tokenizer.decode(ids, skip_special_tokens=True) for ids in made.tokens]
     return [(*question, answer) for question, answer in zip(questions, answers)]
@@ -2149,11 +2113,10 @@ def quiz(report, args):
 
 # ---- 19. --ablate: the paper's Tables 6 to 9 at toy size. -------------------------------------
 
-SIZE = dict(teacher_steps=400, rows=1024, heldout=48, length=96, steps=120, batch=8)
+SIZE = dict(teacher_steps=800, rows=1024, heldout=48, length=96, steps=120, batch=8)
 SMALL = dict(teacher_steps=4, rows=12, heldout=4, length=64, steps=4, batch=2)     # it runs at all
-RATES = {"align": 1e-2, "stage-1": 5e-3, "all": 5e-3, "SFT": 1e-3, "DPO": 5e-4}
-SWITCHES = {"random": dict(attn_init=False), "no-rope": dict(rope=False),
-            "paper": M.RECIPES["paper"]}
+RATES = {"align": 1e-2, "stage-1": 5e-3, "all": 5e-3, "SFT": 1e-3, "DPO": 1e-4}
+SWITCHES = {"random": {"attn_init": False}, "no-rope": {"rope": False}, "paper": M.RECIPES["paper"]}
 METRICS = {"ratio": "perplexity ratio on the teacher's held-out text",
            "human_ratio": "perplexity ratio on held-out text that people wrote",
            "preference": "share of held-out pairs where people's answer is the likelier one"}
@@ -2177,13 +2140,12 @@ ABLATIONS = {
         "25 %, + DPO": (4.84, *QUARTER, "DPO 0.25"),
         "25 %, + SFT + DPO": (6.10, *QUARTER, "SFT 0.5", "DPO 0.25")}),
     "7 left: attention's weights at the start, MLPs frozen or not": ("ratio", "perplexity", {
-        "0 %, attention, frozen": (3.36, *NONE),
-        "0 %, attention, not frozen": (66.7, "keep -", "all 1"),
-        "0 %, random, frozen": (18.2, "keep - random", "stage-1 1"),
-        "0 %, random, not frozen": (20.3, "keep - random", "all 1"),
-        "50 %, attention, frozen": (2.09, *HALF),
-        "50 %, attention, not frozen": (9.1, "keep 1,3,5,7", "all 1"),
+        "0 %, attention, frozen": (3.36, *NONE), "50 %, attention, frozen": (2.09, *HALF),
         "50 %, random, frozen": (7.4, *RANDOM),
+        "0 %, random, frozen": (18.2, "keep - random", "stage-1 1"),
+        "0 %, attention, not frozen": (66.7, "keep -", "all 1"),
+        "50 %, attention, not frozen": (9.1, "keep 1,3,5,7", "all 1"),
+        "0 %, random, not frozen": (20.3, "keep - random", "all 1"),
         "50 %, random, not frozen": (11.2, "keep 1,3,5,7 random", "all 1")}),
     "7 right: which layers stay, and stepwise or at once": ("ratio", "perplexity", {
         "50 %, interleaved": (2.09, *HALF),
@@ -2209,25 +2171,28 @@ ABLATIONS = {
         "the authors' start": (None, "keep 1,3,5,7 paper", *ALIGNED[1:])})}
 
 class World:
-    """The one teacher of all runs and its data. Its text is sampled at temperature 1, so that no
-    student can beat its perplexity but by luck."""
-
+    """The teacher of all runs, its data, and what people wrote. It is sampled at temperature 1, so
+    that no student beats its perplexity but by luck."""
     def __init__(self, size):
         from pydoc_data.topics import topics
         self.size = size
-        l = size["length"]
-        n = size["heldout"]
+        l, n = size["length"], size["heldout"]
         # 1. the beginning of a paragraph and its rest, by people; every tenth is held out
         text = "\n\n".join(topics[k] for k in sorted(topics))
         words = [paragraph.split() for paragraph in text.split("\n\n")]
         pairs = [(" ".join(w[:8]), " ".join(w[8:48])) for w in words if len(w) > 19]
         seen = [pair for i, pair in enumerate(pairs) if i % 10]
-        self.tokenizer = toy_tokenizer(text)
-        self.chat = M.Chat(self.tokenizer)
+        self.chat = M.Chat(toy_tokenizer(text))
         ids = [self.chat.ids(M.turns_of(*pair)) for pair in seen]
         # 2. the teacher, what it writes, and what it answers where people answered
-        self.teacher = toy_teacher(torch.tensor(sum(ids, [])), size)
-        tokens = M.sample(self.teacher, self.chat.user_start, size["rows"] + n,
+        stream = torch.tensor(sum(ids, []))
+        stream = stream[:len(stream) // 128 * 128].view(-1, 128)                # (.,128)
+        torch.manual_seed(0)
+        teacher = self.teacher = AutoModelForCausalLM.from_config(llama(64, 192, 8, 4, 2, 512))
+        M.train("teacher", teacher, lambda i: teacher(stream[i], labels=stream[i]).loss,
+                len(stream), steps=size["teacher_steps"], lr=4e-3)
+        teacher.eval()
+        tokens = M.sample(teacher, self.chat.user_start, size["rows"] + n,
                           l - len(self.chat.user_start), 512, temperature=1.0)      # (rows+n,l)
         labels = self.chat.label(tokens)
         self.rows = {"train": (tokens[n:], labels[n:]), "heldout": (tokens[:n], labels[:n]),
@@ -2236,14 +2201,13 @@ class World:
         self.add_preferences("human", "wrong", pairs[::10][:4 * n])
         # 3. what a layer's attention is worth: KL to the teacher when it says nothing
         self.worth = []
-        for i in range(len(self.teacher.model.layers)):
-            mute = copy.deepcopy(self.teacher)
+        for i in range(8):
+            mute = copy.deepcopy(teacher)
             mute.model.layers[i].self_attn.o_proj.weight.data.zero_()
             self.worth.append(self.judge(mute, "heldout")["kl"])
 
     def add_preferences(self, chosen, rejected, pairs):
-        """Rows of what people wrote and of what the teacher says to the same, cut to equal
-        lengths. pairs: (question, answer)"""
+        """Rows of what people wrote, and of what the teacher says to the same, equally long."""
         asked = [self.chat.ids(M.turns_of(question), add_generation_prompt=True)
                  for question, _ in pairs]
         said = S.generate(self.teacher, asked, self.size["length"] // 2, temperature=0.6,
@@ -2273,19 +2237,10 @@ def toy_tokenizer(text):
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     return tokenizer
 
-def toy_teacher(stream, size):
-    """--tiny's teacher, but deeper. stream (n,): the text -> teacher"""
-    rows = stream[:len(stream) // 128 * 128].view(-1, 128)                      # (n,128)
-    torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(llama(64, 192, 8, 4, 2, 512))
-    M.train("teacher", teacher, lambda i: teacher(rows[i], labels=rows[i], use_cache=False).loss,
-            len(rows), steps=size["teacher_steps"], lr=4e-3)
-    return teacher.eval()
-
 @functools.cache
 def student_of(world, run, seed):
-    """A run's student: the one that lacks its last step, and that step. -> student, {kind: losses}
-    A seed is a draw of what conversion leaves to chance, and an order of the rows."""
+    """A run's student: that without its last step, and that step. seed: what conversion leaves to
+    chance, and an order of the rows. -> student, {kind: losses}"""
     if not run:
         return None, {}
     before, curves = student_of(world, run[:-1], seed)
@@ -2298,23 +2253,22 @@ def student_of(world, run, seed):
         switches = SWITCHES[switch[0]] if switch else {}
         student = M.convert_to_hybrid(world.teacher, layers, **switches)
         if before is not None:                          # stepwise: what is distilled stays
-            names = student.state_dict().keys()
-            learnt = {k: v for k, v in before.state_dict().items() if k in names}
-            student.load_state_dict(learnt, strict=False)
+            student.load_state_dict(before.state_dict(), strict=False)
         return student, curves
     student = copy.deepcopy(before)
     options = dict(steps=max(2, round(float(value) * world.size["steps"])), lr=RATES[kind],
                    batch_size=world.size["batch"])
     rows = {}
-    for name, columns in world.rows.items():
-        order = torch.randperm(len(columns[0]), generator=torch.Generator().manual_seed(seed))
-        rows[name] = [v[order] for v in columns]
+    for name, (tokens, labels) in world.rows.items():
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        rows[name] = tokens[order], labels[order]
     if kind == "align":
         losses = M.align_mixers(student, world.teacher, rows["train"][0], **options)
     elif kind == "DPO":
         losses = M.dpo(student, world.teacher, rows["chosen"], rows["rejected"], **options)
     elif kind == "SFT":
-        losses = M.distil(kind, student, world.teacher, *rows["sft"], beta=0.0, **options)
+        losses = M.distil(kind, student, world.teacher, *rows["sft"], alpha=1.0, beta=0.0,
+                          **options)
     else:
         only = student.mixers().values() if kind == "stage-1" else None
         losses = M.distil(kind, student, world.teacher, *rows["train"], alpha=0.1, beta=1.0,
@@ -2338,6 +2292,7 @@ def ablate(report, args):
     tables = {name: table for name, table in ABLATIONS.items() if name.startswith(args.only)}
     M.require(tables, f"--only {args.only!r}: want the beginning of one of {', '.join(ABLATIONS)}")
     begin = time.monotonic()
+    torch.set_flush_denormal(True)                      # gradients so small take 50 times longer
     world = World(SMALL if args.small else SIZE)
     perplexity = world.judge(world.teacher, "human")["perplexity"]
     report.about.update(size=world.size, worth=world.worth, perplexity=perplexity)
@@ -2352,30 +2307,25 @@ def ablate(report, args):
             results = [result_of(world, tuple(run), seed)
                        for seed in tqdm(range(args.seeds), leave=False, disable=None)]
             row = {key: [result[key] for result in results] for key in results[0]}
+            report.about["seconds"] = time.monotonic() - begin
             report.add(table=name, row=label, paper=figure, run=run, **row)
         rows = [row for row in report.rows if row["table"] == name and row["paper"]]
         if rows:
             print(verdict(rows, metric, paper == "MT-bench"))
-    report.about["seconds"] = time.monotonic() - begin
-    report.save()
     print(f"\n{report.about['seconds']:.0f} s")
     if args.plot:
         plot_ablation(report, world, args.plot)
 
 def verdict(rows, metric, paper_wants_high):
-    """Do the rows stand in the paper's order? A pair is decided when every seed ranks it the same
-    way. -> one line"""
-    agree = 0
-    differ = 0
-    pairs = list(itertools.combinations(rows, 2))
-    for pair in pairs:
+    """Do the rows stand in the paper's order? A pair is decided if all seeds rank it one way."""
+    counts = collections.Counter()                      # 1: as in the paper, -1: the other way
+    for pair in itertools.combinations(rows, 2):
         better, worse = sorted(pair, key=lambda row: row["paper"], reverse=paper_wants_high)
-        sign = 1 if metric == "preference" else -1
-        gains = [sign * (x - y) for x, y in zip(better[metric], worse[metric])]
-        agree += min(gains) > 0
-        differ += max(gains) < 0
-    return (f"order of {len(pairs)} pairs: {agree} as in the paper, {differ} the other way round, "
-            f"{len(pairs) - agree - differ} undecided between seeds")
+        signs = set(numpy.sign(numpy.subtract(better[metric], worse[metric])).tolist())
+        sign = signs.pop() if len(signs) == 1 else 0
+        counts[sign if metric == "preference" else -sign] += 1
+    return (f"order of {counts.total()} pairs: {counts[1]} as in the paper, {counts[-1]} the other "
+            f"way round, {counts[0]} undecided between seeds")
 
 # ---- 20. Pictures of weights, shares, curves and a speculation; the command line. -------------
 
@@ -2406,33 +2356,25 @@ def draw_shares(axis, rows):
                   marker="o", color=COLOURS["blue"], label=f"toy teacher, {len(values[0])} seeds")
     axis.plot([50, 25, 6.25, 0], [row["paper"] for row in rows], "s--", color=COLOURS["red"],
               label="paper: Zephyr 7B")
-    axis.set(xlabel="attention layers that stay, %", ylabel="perplexity, student / teacher",
-             xlim=(53, -3))
+    axis.set(xlabel="attention layers that stay, %", ylabel="perplexity ratio", xlim=(53, -3))
     axis.legend()
 
 def draw_curves(axes, curves):
     """Losses of the stages over their steps; means of ten parts and of the seeds."""
-    aligned = curves["ours", "near_linear"]
-    lines = (("align", aligned, "|mixer - attention|² / |attention|²", 0, "aligned first"),
-             ("stage-1", aligned, "stage 1: Eq. 2, nats per token", 1, "aligned first"),
-             ("stage-1", curves["6 left", "50 %"], "stage 1: Eq. 2, nats per token", 1, "not"),
-             ("SFT", curves["6 right", "50 %, + SFT"], "stage 2: cross-entropy, nats", 2, ""),
-             ("DPO", curves["6 right", "50 %, + SFT + DPO"], "stage 3: Eq. 4", 3, ""))
-    for stage, seeds, title, panel, label in lines:
-        curve = numpy.mean([losses[stage] for losses in seeds], 0)
+    stages = {"align": "|mixer - attention|² / |attention|²",
+              "stage-1": "stage 1: Eq. 2, nats per token",
+              "SFT": "stage 2: cross-entropy, nats", "DPO": "stage 3: Eq. 4"}
+    for axis, (stage, title) in zip(axes.flat, stages.items()):
+        curve = numpy.mean([losses[stage] for losses in curves], 0)
         parts = numpy.array_split(curve, min(10, len(curve)))
-        axes.flat[panel].plot((numpy.arange(len(parts)) + 0.5) * len(curve) / len(parts),
-                              [part.mean() for part in parts], label=label,
-                              color=COLOURS["red" if label == "not" else "blue"])
-        axes.flat[panel].set(title=title, xlabel="step")
-    axes.flat[1].legend()
+        steps = (numpy.arange(len(parts)) + 0.5) * len(curve) / len(parts)
+        axis.plot(steps, [part.mean() for part in parts], color=COLOURS["blue"])
+        axis.set(title=title, xlabel="step")
 
 def draw_trace(axis, target, draft, prompt, tokenizer, n_rounds=12, K=4):
-    """Algorithm 2 round by round: what stands (blue), what falls (grey), the target's own (orange).
-    prompt (l,)"""
+    """Algorithm 2: what stands (blue), what falls (grey), the target's (orange). prompt (l,)"""
     words = []
     colours = []
-
     def keep(rows, drafted, n, token):
         ids = [*drafted[0].tolist(), int(token[0])]
         words.append([repr(tokenizer.decode([i]))[1:-1].replace("$", "\\$") for i in ids])
@@ -2447,22 +2389,20 @@ def draw_trace(axis, target, draft, prompt, tokenizer, n_rounds=12, K=4):
 def plot_ablation(report, world, folder):
     """The README's pictures, from a sweep over all tables."""
     os.makedirs(folder, exist_ok=True)
-    curves = {(row["table"].partition(":")[0], row["row"]): row["curves"] for row in report.rows}
+    curves = {row["row"]: row["curves"] for row in report.rows}                 # of all seeds
+    curves = zip(curves["50 %, + SFT + DPO"], curves["near_linear"])
     shares = [row for row in report.rows if row["table"].startswith("6 left")]
     tokens, labels = world.rows["human"]
-    prompt = tokens[0, :int((labels[0] != -100).int().argmax())]                # (l,)
+    prompt = tokens[0, :int((labels[0] != -100).int().argmax())]        # up to the answer
     picture(f"{folder}/weights.png", draw_weights, 9, 5)
     picture(f"{folder}/attention_share.png", draw_shares, rows=shares)
-    picture(f"{folder}/curves.png", draw_curves, 12, 9, (2, 2), curves=curves)
+    picture(f"{folder}/curves.png", draw_curves, 12, 9, (2, 2),
+            curves=[{**late, **early} for late, early in curves])
     picture(f"{folder}/speculation.png", draw_trace, 10, 7, target=student_of(world, ALIGNED, 0)[0],
-            draft=student_of(world, QUARTER, 0)[0], prompt=prompt, tokenizer=world.tokenizer)
+            draft=student_of(world, QUARTER, 0)[0], prompt=prompt, tokenizer=world.chat.tokenizer)
 
 MODES = {"bench": bench, "bench_kernel": bench_kernel, "bench_scan": bench_scan, "needle": needle,
          "compare_teacher": compare_teacher, "quiz": quiz, "ablate": ablate}
-
-def numbers(text):
-    """1,2,3 -> [1, 2, 3]; argparse names it where the text holds no numbers"""
-    return [int(i) for i in text.split(",")]
 
 def parse_args(argv):
     """The flags; ValueError for values that make no sense."""
@@ -2483,10 +2423,8 @@ def parse_args(argv):
     add("--tokens", type=int, help="new tokens of --bench (default: 512 on a GPU, else 64), "
         "--compare-teacher (128), --quiz (32)")
     add("--sizes", help="of --bench: 2.8b,7b,8b,zephyr (default on a GPU), tiny (on a CPU)")
-    add("--compile", action="store_true", help="of --bench (with and without) and --bench-kernel, "
-        "on CUDA")
-    add("--lengths", type=numbers, default=[64, 512, 2048], metavar="L,L,...",
-        help="tokens, of --needle and --bench-scan (default: 64,512,2048)")
+    add("--compile", action="store_true", help="CUDA: --bench with and without, --bench-kernel")
+    add("--lengths", default="64,512,2048", help="tokens of --needle, --bench-scan (%(default)s)")
     add("--only", metavar="TABLE", default="", help="of --ablate: 6, '7 left', 8, ours, ...")
     add("--seeds", type=int, default=3, help="of --ablate (default: 3)")
     add("--small", action="store_true", help="--ablate in seconds, to see that it runs")
@@ -2495,16 +2433,16 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     M.require(args.teacher or not args.quiz, "--quiz: give --teacher and --target")
     M.require(args.target or not (args.quiz or args.compare_teacher), "give --target")
-    M.require(args.tokens is None or args.tokens > 1, f"--tokens {args.tokens}: want at least 2")
     M.require(args.seeds > 0, f"--seeds {args.seeds}: want at least 1")
+    M.require(re.fullmatch(r"[1-9]\d*(,\d+)*", args.lengths), f"--lengths {args.lengths}: as 9,99")
+    args.lengths = [int(length) for length in args.lengths.split(",")]
     M.require(not args.compile or DEVICE == "cuda", "--compile wants a CUDA device")
     if args.plot:
         M.require(args.bench_kernel or args.ablate and not args.only,
                   "--plot goes with --bench-kernel, and with --ablate of all tables")
         M.require(importlib.util.find_spec("matplotlib"), "--plot wants matplotlib: pip install it")
-    for path in (args.json, args.plot):
-        folder = os.path.dirname(os.path.abspath(path or ""))
-        M.require(os.path.isdir(folder), f"--json, --plot: there is no directory {folder}")
+    folder = os.path.dirname(os.path.abspath(args.json or args.plot or ""))
+    M.require(os.path.isdir(folder), f"--json, --plot: there is no directory {folder}")
     return args
 
 def main(argv=None):
