@@ -643,8 +643,8 @@ def align_mixers(student, teacher, tokens, steps=None, **options):
         return train("alignment", student, loss_of_rows, len(tokens), steps, only=mixers.values(),
                      **options)
 
-def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.1, beta=1.0, **options):
-    """Stages 1 and 2: Eq. 2, mostly KL. options: see `train`. tokens, labels (n,l) -> losses"""
+def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1.0, **options):
+    """Stages 1 and 2: Eq. 2, KL above all. options: see `train`. tokens, labels (n,l) -> losses"""
     def loss_of_rows(rows):
         batch = tokens[rows].to(student.device)                                         # (b,l)
         with torch.no_grad():
@@ -817,11 +817,11 @@ def make_toy_teacher(folder):
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
 # the best known settings: peak rates by phase; shares of the time, that of sampling first
 SETTINGS = {
-    "cpu": dict(length=256, batch=4, judged=16, scored=4, sampled=64, temperature=0.9,
+    "cpu": dict(length=256, batch=4, scored=4, sampled=64, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
-    "cuda": dict(length=512, batch=64, judged=64, scored=16, sampled=4096, temperature=0.9,
+    "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
                  rates=(0, 3e-3, 7e-4, 1.2e-4, 9e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
-    "tiny": dict(length=128, batch=8, judged=32, scored=16, sampled=512, temperature=0.6,
+    "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
                  rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.0, 0.4, 0.15, 0.42, 0.03),
                  tokens=160e3, teacher="tiny_run/teacher", out="tiny_run")}
 
@@ -894,7 +894,7 @@ def prepare(args):
         found = f"found {tuple(tokens.shape)} in {tokens.min()}..{tokens.max()}"
         require(tokens.min() >= 0 and tokens.max() < V and len(tokens) > 1, found)
     (tokens, labels), = with_answers(path, args.length, (tokens, chat.label(tokens)))
-    n = min(args.judged, len(tokens) // 8 + 1)      # rows that nothing is trained on
+    n = min(4 * args.scored, len(tokens) // 8 + 1)      # rows that nothing is trained on
     judges = [("", (tokens[:n], labels[:n])), ("human_", human)][:1 + args.tiny]
     tokens, labels = tokens[n:], labels[n:]
     other = tokens.where(labels == -100, tokens.roll(1, 0))     # (n,l) with the next row's words
@@ -904,25 +904,25 @@ def prepare(args):
 
 def run_phase(phase, student, teacher, data, args):
     """One phase of training, for its share of the time or of --tokens. -> losses"""
-    options = dict(batch_size=args.batch, lr=args.rates[phase])
+    how = dict(batch_size=args.batch, lr=args.rates[phase])
     if args.minutes:                                # a tenth of what is left judges and saves
         left = max(1.0, args.start + 60 * args.minutes - time.monotonic())
-        options["seconds"] = 0.9 * left * args.shares[phase] / sum(args.shares[phase:])
+        how["seconds"] = 0.9 * left * args.shares[phase] / sum(args.shares[phase:])
     else:
         share = args.shares[phase] / sum(args.shares[1:])
-        options["steps"] = max(1, round(args.tokens * share / args.batch / args.length))
-    mixers = student.mixers().values()
-    if args.device == "cuda" and options.get("seconds", 0) > 60:
-        for module in mixers if phase == 1 else [*student.model.layers, *teacher.model.layers]:
+        how["steps"] = max(1, round(args.tokens * share / args.batch / args.length))
+    new = student.mixers().values()
+    if args.device == "cuda" and how.get("seconds", 0) > 60:
+        for module in new if phase == 1 else [*student.model.layers, *teacher.model.layers]:
             module.compile(dynamic=False)
     if phase == 1:
-        return align_mixers(student, teacher, data.train[0], **options)
+        return align_mixers(student, teacher, data.train[0], **how)
     if phase == 2:
-        return distil("stage 1", student, teacher, *data.train, only=mixers, **options)
+        return distil("stage 1", student, teacher, *data.train, only=new, alpha=args.alpha, **how)
     if phase == 3:
-        return distil("stage 2", student, teacher, *data.sft, **options)
-    options["batch_size"] = max(1, args.batch // 8)
-    return dpo(student, teacher, *data.pairs, **options)
+        return distil("stage 2", student, teacher, *data.sft, alpha=args.alpha, **how)
+    how["batch_size"] = max(1, args.batch // 8)
+    return dpo(student, teacher, *data.pairs, **how)
 
 def run(teacher, data, args):
     """All phases of one student, each judged and kept in OUT/progress.pt. -> student, its rows"""
