@@ -18,12 +18,12 @@ Glossary, with the paper's letters:
     H, G         heads of a mixer; groups of heads that share B (Gx: that share x)
     N, P         state size per head; value channels per head (both head_dim unless said otherwise)
     p', n'       1, 1 for "mamba2" (one Delta, one A per head); P, N for "mamba" (per channel)
-    W, c         taps, channels of the convolution;  h, state  the recurrent state (b,H,P,N)
+    W, c         taps, channels of the convolution (in a scan c: chunks);  h, state  (b,H,P,N)
 
 Contents:  1 configuration   2 the scan   3 the step kernel   4 the mixer   5 the hybrid model
            6 losses (Eq. 2, Eq. 4)   7 evaluation   8 training   9 data   10 command line
 
-    python mamba_in_llama.py --tiny                  # the whole story in a minute on a laptop
+    python mamba_in_llama.py --tiny                  # the whole story, 1 1/2 minutes on a laptop
     python mamba_in_llama.py --teacher DIR --attention 0.5 --out hybrid --minutes 20
 """
 
@@ -83,7 +83,7 @@ class HybridConfig(PreTrainedConfig):
     attn_layers: list | tuple = ()     # indices of the layers that stay attention
     mixer: str = "mamba2"              # "mamba": Delta and A per channel; "mamba2": per head
     d_state: int | None = None         # N = P of a mixer head; None = head_dim, or a divisor
-    group_by_state: bool = False       # authors' Mamba: repeat K/V in runs of d_state, not per head
+    group_by_state: bool = False       # authors' Mamba: repeat slices of d_state, not K/V heads
     attn_init: bool = True             # copy W_V, W_K, W_Q, W_O (Table 8 asks what that is worth)
     rope: bool = True                  # keep the rotary embedding on B and C (authors: dropped)
     scale_c: bool = True               # C / sqrt(head_dim), attention's own scale (authors: 1)
@@ -149,7 +149,7 @@ def mamba2_scan(x, delta, A, B, C, state, chunk=64):
 @torch.compiler.disable                             # which would unroll the loops over tokens
 def mamba_scan(x, delta, A, B, C, state, chunk=32):
     """Mamba decays each state entry by itself, so the recurrence stays. Under `checkpoint` autograd
-    keeps one state a chunk, not (b,l,H,P,N) values, and runs the chunk again. Shapes: there"""
+    keeps one state a chunk, not (b,l,H,P,N) values, and reruns the chunk. Shapes: `recurrence`"""
     ys = []
     for t in range(0, x.shape[1], chunk):
         x_t, delta_t, B_t, C_t = [v[:, t:t + chunk].to(state.dtype) for v in (x, delta, B, C)]
@@ -245,9 +245,8 @@ def to_heads(v, H, runs):
     return v.unflatten(2, (-1, 1, runs)).expand(-1, -1, -1, H // v.shape[2], -1, -1).flatten(2, 4)
 
 def scan_inputs(x, dt, B, C, A, dt_bias, D, z, state, runs):
-    """All between convolution and output projection: y_t = (h_t C_t + D x_t) silu(z_t).
-    A token whose dt is -inf has Delta 0: it neither writes nor decays. Algorithm 2's `multi_step`
-    (spec_decode.py) is this for tokens that may be taken back.
+    """All between convolution and output projection: y_t = (h_t C_t + D x_t) silu(z_t). A token
+    with dt = -inf has Delta 0 and does nothing. `multi_step` of spec_decode.py can undo tokens.
     x (b,l,Gx,P)  dt (b,l,H,p')  B (b,l,G,N)  C (b,l,H,N)  A (H,p',n')  dt_bias, D (H,p')
     z (b,l,H,P)  state (b,H,P,N) or None -> y (b,l,H,P), state"""
     x = to_heads(x, C.shape[2], runs)
@@ -286,8 +285,7 @@ class Mixer(nn.Module):
             self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
         self.D = nn.Parameter(torch.full((n,), config.skip))
         wide = torch.promote_types(self.D.dtype, torch.float32)
-        # Delta log-uniform in 0.001..0.1 while softplus(dt + dt_bias) has no dt; A: 1, 2, ... N in
-        # every channel, or uniform in 1..16
+        # Delta at dt = 0: log-uniform in 0.001..0.1. A: 1..N in every channel, or uniform in 1..16
         delta = torch.empty(n, dtype=wide).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))    # softplus inverse
         A = torch.empty(n, dtype=wide).uniform_(1, 16)
@@ -336,7 +334,7 @@ class Mixer(nn.Module):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None).
         A cache gives the columns before these (`convolve`) and the state to scan from."""
         cache = kwargs.get(CACHE)
-        proj = self.in_proj(hidden_states)                              # (b,l,rows)
+        proj = self.in_proj(hidden_states)                              # (b,l,sum(rows))
         if token_mask is not None:                  # padding: nothing enters the convolution ...
             proj = proj * token_mask[..., None]
         z, x, B, C, dt = proj.split(self.rows, -1)
@@ -386,11 +384,11 @@ class HybridForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config):
         super(LlamaForCausalLM, self).__init__(config)
-        theirs = copy.copy(config)                  # layer_types names layers with a state too
-        theirs.model_type = config.teacher_type
-        theirs.layer_types = [kind if kind == "sliding_attention" else "full_attention"
-                              for kind in config.layer_types]
-        self.model = FAMILIES[config.teacher_type](theirs)
+        inner = copy.copy(config)                   # layer_types names layers with a state too
+        inner.model_type = config.teacher_type
+        inner.layer_types = [kind if kind == "sliding_attention" else "full_attention"
+                             for kind in config.layer_types]
+        self.model = FAMILIES[config.teacher_type](inner)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()                            # mixers come later: it would start them anew
         for i, layer in enumerate(self.model.layers):
@@ -404,8 +402,8 @@ class HybridForCausalLM(LlamaForCausalLM):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 cache=None, inputs_embeds=None, labels=None, use_cache=None, **kwargs):
-        """As Llama's. A 0 of the mask, wherever it stands, keeps a token out of every state;
-        ValueError for a mask that is not (b,past+l) and for packed rows. input_ids (b,l)"""
+        """As Llama's; a cache by default only in no_grad. A 0 of the mask, anywhere, keeps a token
+        out of every state; ValueError: a mask not (b,past+l), packed rows. input_ids (b,l)"""
         cache = past_key_values if cache is None else cache         # before and since 5.24
         use_cache = not torch.is_grad_enabled() if use_cache is None else use_cache
         if cache is None and use_cache:
@@ -502,7 +500,7 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teac
     """The same from hidden states (b,l,D) and heads (V,D), for training: only a few rows at a time
     have logits, which are made again in the backward pass. labels (b,l) -> loss ()"""
     on_gpu = student_hidden.is_cuda
-    loss_of_logits = torch.compile(distillation_loss) if on_gpu else distillation_loss
+    loss_of_logits = torch.compile(distillation_loss) if on_gpu and triton else distillation_loss
     rows = max(1, (4096 if on_gpu else 1024) // labels.shape[1])
 
     def sum_of_rows(s, t, y):           # (rows,l,D) twice, (rows,l) -> ()
@@ -528,11 +526,8 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 # ---- 7. Evaluation, and which layers should stay attention. -----------------------------------
-def autocast(model):
-    """bf16 matrix products on CUDA; plain arithmetic elsewhere."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
-
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")           # what is compiled was compiled for other shapes
 def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     """How far the student is from its teacher, at every position t >= max(prefix_len, 1), or where
     `labels` (n,l) says. kl in nats a token; agreement: where both say the same word.
@@ -543,7 +538,7 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     labels = labels.to(student.device)
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
     for batch, part in zip(tokens.to(student.device).split(batch_size), labels.split(batch_size)):
-        with autocast(student), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
             s = student(batch, use_cache=False).logits                                  # (b,l,V)
             t = teacher(batch, use_cache=False).logits                                  # (b,l,V)
             _, ours = distillation_loss(s, t, part)
@@ -596,12 +591,12 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
     for step in bar:
         past = time.monotonic() - start
         done = (step + 0.5) / steps if steps else past / max(end - start, 1e-9)
-        if done >= 1 and step > 1:
+        if done >= 1 and step > 1:                  # late or not, two steps are taken
             break
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, done / 0.1) * cosine
         rows = torch.randint(n_rows, (batch_size,), generator=draw)
-        with autocast(model):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             loss = loss_of_rows(rows)
         optimizer.zero_grad()
         loss.backward()
@@ -609,10 +604,10 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
         losses.append(loss.detach())
         if step % 10 == 0 or not loss.is_cuda:      # looking waits for a GPU
             bar.set_postfix_str(f"loss {loss.item():.3f}")
-            if not math.isfinite(loss.item()):      # before the step: it is not taken
+            if not math.isfinite(loss.item()):      # a GPU may be ten steps further by now
                 raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step + 1}")
         optimizer.step()
-        if step == 0:                               # compiled by now
+        if step == 0:                               # compiled: the schedule starts now, `end` stays
             start = time.monotonic()
     model.requires_grad_(True)
     return torch.stack(losses).tolist()
@@ -689,17 +684,17 @@ class Chat:
         """ValueError for a tokenizer or template that does not tell where answers are."""
         require(tokenizer.chat_template, "the tokenizer has no chat template")
         self.tokenizer = tokenizer
-        asked = []                                  # two conversations up to their answers
-        for question in ("The", "###"):             # one may grow together with a space before it
+        asked = []                                  # ids of two conversations up to the answer
+        for question in ("The", "###"):             # a word that may merge with a space before it
             answered = [self.ids(turns_of(question, answer)) for answer in ("The", "###")]
             asked.append(os.path.commonprefix(answered))
         self.user_start = os.path.commonprefix(asked)       # what stands before a first question
         backwards = [ids[::-1] for ids in asked]
         self.answer_start = os.path.commonprefix(backwards)[::-1]   # between question and answer
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        ends = [i for i in answered[0][len(asked[1]):] if i in special]
-        require(self.answer_start and ends, "the chat template does not mark where answers begin, "
-                "or ends them with no special token")
+        ends = [i for i in answered[0][len(asked[1]):] if i in special]     # what follows "###"
+        require(tokenizer.decode(self.answer_start).strip() and ends, "the chat template does not "
+                "mark where answers begin, or ends them with no special token")
         self.end = ends[0]
 
     def ids(self, turns, **options):
@@ -761,7 +756,7 @@ def sample(model, prompt, n, n_new, batch_size=64, temperature=0.9, seconds=None
         rows.append(model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=50, top_p=1.0,
             temperature=temperature, repetition_penalty=1.0, max_new_tokens=n_new,
-            eos_token_id=model.config.vocab_size, pad_token_id=0).cpu())    # a word that none is
+            eos_token_id=model.config.vocab_size, pad_token_id=0).cpu())    # no id: none ends
     return torch.cat(rows)
 
 def read_model(name, device):
@@ -815,21 +810,21 @@ def make_toy_teacher(folder):
 
 # ---- 10. The command line: convert, align, choose layers, three stages; judge and save each. ---
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
-# the best known settings: peak rates by phase; shares of the time, that of sampling first
+# best known: peak rate of each phase; its share of the time (0: left out), sampling's first
 SETTINGS = {
     "cpu": dict(length=256, batch=4, scored=4, sampled=64, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
     "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
                  rates=(0, 3e-3, 7e-4, 1.2e-4, 9e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
     "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
-                 rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.0, 0.4, 0.15, 0.42, 0.03),
+                 rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.2, 0.4, 0.15, 0.42, 0.03),
                  tokens=160e3, teacher="tiny_run/teacher", out="tiny_run")}
 
 def parse_args(argv=None):
     """The flags and the settings of the device; ValueError for values that make no sense."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = partial(require, False)
+    parser.error = partial(require, False)          # ValueError, not argparse's own exit
     add = parser.add_argument
     add("--tiny", action="store_true", help="the whole story at toy size, in ./tiny_run")
     add("--teacher", help="a Llama, Mistral or Qwen2 chat model: directory or hub name")
@@ -852,12 +847,14 @@ def parse_args(argv=None):
     parser.set_defaults(device=device, start=start, **SETTINGS["tiny" if tiny else device])
     args = parser.parse_args(argv)
     if tiny:
-        shutil.rmtree(args.out, ignore_errors=True)
+        for name in ("teacher", "out", "minutes", "resume"):
+            require(getattr(args, name) == parser.get_default(name), f"--tiny takes no --{name}")
+        shutil.rmtree("tiny_run", ignore_errors=True)
     require(args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(0 <= args.attention <= 1, f"--attention {args.attention} is outside 0..1")
-    for name in ("minutes", "tokens", "length", "batch"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name} {value} must be above 0")
+    for name in ("minutes", "tokens", "length", "batch", "d-state"):
+        value = getattr(args, name.replace("-", "_"))
+        require(value is None or 0 < value < math.inf, f"--{name} {value} must be above 0")
     with reading(f"--out {args.out}, --json {args.json}", "an empty --out, or --resume"):
         os.makedirs(os.path.dirname(os.path.abspath(args.json or args.out)), exist_ok=True)
         os.makedirs(args.out, exist_ok=True)
@@ -876,9 +873,9 @@ def prepare(args):
     human = make_toy_teacher(args.teacher) if args.tiny else None
     teacher, tokenizer = read_model(args.teacher, args.device)
     chat = Chat(tokenizer)
-    convert(teacher, [], args)
-    context = teacher.config.max_position_embeddings
-    require(args.length <= context, f"--length {args.length} exceeds the context of {context}")
+    convert(teacher, [], args)                      # thrown away: it refuses misfits
+    least, most = len(chat.user_start + chat.answer_start), teacher.config.max_position_embeddings
+    require(least < args.length <= most, f"--length {args.length} is not in {least + 1}..{most}")
     sft = args.sft and read_jsonl(args.sft, chat, args.length, "response")[0]
     pairs = args.preferences and read_jsonl(args.preferences, chat, args.length, "chosen",
                                             "rejected")
@@ -886,24 +883,25 @@ def prepare(args):
     if not args.tokens_file and not os.path.exists(path):
         n = 10 ** 5 if args.minutes else math.ceil(args.tokens / args.length)
         tokens = sample(teacher, chat.user_start, n, args.length - len(chat.user_start),
-                        args.sampled, args.temperature, 54 * (args.minutes or 0) * args.shares[0])
+                        min(args.sampled, 64 * args.batch), args.temperature,
+                        54 * (args.minutes or 0) * args.shares[0])
         write_whole(path, partial(numpy.savez, tokens=tokens.numpy()))
     V = teacher.config.vocab_size
     with reading(path, f"npz with `tokens` (n,l), integers in 0..{V - 1}, two rows or more"):
         tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))[:, :args.length]
-        found = f"found {tuple(tokens.shape)} in {tokens.min()}..{tokens.max()}"
-        require(tokens.min() >= 0 and tokens.max() < V and len(tokens) > 1, found)
-    (tokens, labels), = with_answers(path, args.length, (tokens, chat.label(tokens)))
+        require(0 <= tokens.min() <= tokens.max() < V, f"found {tokens.min()}..{tokens.max()}")
+        (tokens, labels), = with_answers(path, args.length, (tokens, chat.label(tokens)))
+        require(len(tokens) > 1, "want one to learn from and one to judge")
     n = min(4 * args.scored, len(tokens) // 8 + 1)      # rows that nothing is trained on
     judges = [("", (tokens[:n], labels[:n])), ("human_", human)][:1 + args.tiny]
     tokens, labels = tokens[n:], labels[n:]
-    other = tokens.where(labels == -100, tokens.roll(1, 0))     # (n,l) with the next row's words
+    other = tokens.where(labels == -100, tokens.roll(1, 0))     # (n,l): the row before answers
     pairs = pairs or ((tokens, labels), (other, other.where(labels != -100, -100)))
     return teacher, chat, argparse.Namespace(train=(tokens, labels), sft=sft or (tokens, labels),
                                              pairs=pairs, judges=judges)
 
 def run_phase(phase, student, teacher, data, args):
-    """One phase of training, for its share of the time or of --tokens. -> losses"""
+    """One phase, for its share of the time or of --tokens (DPO: fewer rows a step). -> losses"""
     how = dict(batch_size=args.batch, lr=args.rates[phase])
     if args.minutes:                                # a tenth of what is left judges and saves
         left = max(1.0, args.start + 60 * args.minutes - time.monotonic())
@@ -912,7 +910,7 @@ def run_phase(phase, student, teacher, data, args):
         share = args.shares[phase] / sum(args.shares[1:])
         how["steps"] = max(1, round(args.tokens * share / args.batch / args.length))
     new = student.mixers().values()
-    if args.device == "cuda" and how.get("seconds", 0) > 60:
+    if args.device == "cuda" and triton and how.get("seconds", 0) > 60:
         for module in new if phase == 1 else [*student.model.layers, *teacher.model.layers]:
             module.compile(dynamic=False)
     if phase == 1:
@@ -929,13 +927,14 @@ def run(teacher, data, args):
     L = len(teacher.model.layers)
     n = round(args.attention * L)
     choose = 0 < n < L and not args.even
-    keep = [] if choose else [math.ceil((i + 1) * L / n) - 1 for i in range(n)]
+    keep = [] if choose else [math.ceil((i + 1) * L / n) - 1 for i in range(n)]  # [] until chosen
     student = convert(teacher, keep, args)
     rows = []
     path = os.path.join(args.out, "progress.pt")
     if args.resume and os.path.exists(path):
         with reading(path, "what a run with these flags has written"):
             rows, weights = torch.load(path, map_location="cpu")
+            require(len(rows[-1]["layers"]) in (len(keep), n), "it has another --attention")
             student = convert(teacher, rows[-1]["layers"], args)
             student.load_state_dict(weights)
     for phase, name in enumerate(PHASES):
@@ -953,6 +952,7 @@ def run(teacher, data, args):
         for prefix, (tokens, labels) in data.judges:
             judged = evaluate(student, teacher, tokens, 0, 2, labels)
             row.update({prefix + key: value for key, value in judged.items()})
+        require(math.isfinite(row["kl"]), f"{name}: KL {row['kl']} after it, nothing saved")
         rows.append(row)
         write_whole(path, partial(torch.save, (rows, student.state_dict())))
         print(f"  {name:<10}{row['ratio']:9.3f}{row.get('human_ratio', math.nan):9.3f}"
@@ -992,7 +992,7 @@ def cli(run_main=main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; --resume goes on after the last finished stage", file=sys.stderr)
+        print("stopped; where there is --resume, it goes on after the last stage", file=sys.stderr)
         sys.exit(3)
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Speculative decoding for linear RNNs and hybrids: Algorithm 2 of arXiv 2408.15237.
 
-    draft q    d1 d2 d3 d4                      K cheap steps (a small model, or a look-up)
-                |  |  |  |
+    draft q        d1 d2 d3 d4                  K cheap steps (a small model, or a look-up)
+                   |  |  |  |
     target p   [y0 d1 d2 d3 d4]                 ONE multi-step call verifies all of them
-                ok ok  x  -                     FirstConflict: d1, d2 stay; d3 and all after fall
-    emitted     d1 d2 y                         y: the target's own token at the conflict
+                   ok ok  x  -                  FirstConflict: d1, d2 stay; d3 and all after fall
+    emitted        d1 d2  y                     y: the target's own token at the conflict
 
-y0 is the token emitted last. A key/value cache rewinds by moving a pointer; an RNN's one big state
-cannot rewind. So an old state is kept, and the inputs since: a rejected token is one that is not
-counted, and the state moves on only over tokens that stand.
+y0 is the token emitted last; logits at a token check the next one. A key/value cache rewinds by
+moving a pointer, an RNN's one big state cannot. So an old state is kept, and the inputs since: a
+rejected token is one that is not counted; the state moves on only over tokens that stand.
 
 Glossary, with the paper's letters (those of the mixers: mamba_in_llama.py):
     b, T, V      batch rows, tokens of one call, vocabulary
@@ -57,7 +57,7 @@ try:
 except ImportError:                       # no Triton on this platform: the PyTorch form serves
     triton = None
 
-# ---- 1. MultiStep: replay what was accepted, go on for T tokens, touch the state once. --------
+# ---- 1. MultiStep: replay what was accepted, go on for T tokens, all in one call. -----------
 # States are too big to keep one per token, so one stays behind; committed tokens enter it when the
 # ring is full (the flush), rejected ones never.
 
@@ -282,9 +282,8 @@ class AttentionState:
     """One attention layer's part of a `MixerCache`: K and V by position. Rows rewind by their
     count, nothing is erased; the last column takes what is thrown away."""
     def __init__(self, attention, cache, zeros):
-        """GPU products over a width that is no multiple of 8 take twice the time."""
         config = attention.config
-        width = cache.max_length // 8 * 8 + 8
+        width = cache.max_length // 8 * 8 + 8       # GPU products want a multiple of 8
         self.call = cache.call
         self.window = math.inf          # positions that a token sees: Llama all, Mistral some,
         if config.model_type != "llama":                                    # Qwen2 by layer
@@ -426,7 +425,7 @@ def decode(model, tokens, cache, n_valid=None):
     require(1 <= T <= cache.ring - cache.open, f"{cache.open} + {T} tokens, a ring of {cache.ring}")
     base, committed, pending = call.counts                                  # (b,) each
     first = committed + pending                                             # (b,)
-    brought = torch.full_like(first, T) if n_valid is None else n_valid.int()       # (b,)
+    brought = torch.full_like(first, T) if n_valid is None else n_valid.int().clamp(0, T)
     if cache.attention:
         call.visible = cache.attention[0].k.shape[2]
         longest = 0 if tokens.is_cuda else int((first + brought).max())     # a free read on a CPU
@@ -506,7 +505,7 @@ class Rows:
                                    ((n - 1) * alive).sum()])
         t = torch.arange(block.shape[1], device=block.device)           # (K+1,)
         n = n.minimum(self.limit - self.length) * alive                 # (b,)
-        is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])     # (b,T)
+        is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])     # (b,K+1)
         ended = is_end.any(-1)                                          # (b,)
         n = torch.where(ended, is_end.int().argmax(-1) + 1, n)
         at = self.length[:, None] + t           # (b,K+1), the rest goes to the last column
@@ -525,9 +524,8 @@ class Rows:
 def read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     """Check the request. input_ids: (b,l), or b 1-D tensors or lists of ids -> Rows"""
     require(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} must be at least 1")
-    if isinstance(input_ids, torch.Tensor):
-        input_ids = torch.atleast_2d(input_ids)
-    prompts = [torch.as_tensor(ids, device="cpu") for ids in input_ids]
+    many = torch.atleast_2d(input_ids) if torch.is_tensor(input_ids) else input_ids
+    prompts = [torch.as_tensor(ids, device="cpu") for ids in many]
     ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long).view(-1)
     check_vocabulary(target, ends.cpu())
     require(prompts, "input_ids holds no prompts")
@@ -546,9 +544,7 @@ def read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id):
 
 def shared_copy(model):
     """A copy of a model with the same weights: what is set on it leaves the user's model alone."""
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo[id(tensor)] = tensor               # deepcopy takes what the memo holds as copied
+    memo = {id(v): v for v in [*model.parameters(), *model.buffers()]}  # "copied already"
     return copy.deepcopy(model, memo)
 
 class FewRowsLinear(torch.nn.Linear):
@@ -581,23 +577,24 @@ def start_decoding(model, rows, ring, compiled):
     # 2. the prompts, padded on the left
     lengths = rows.length - 1                                           # (b,)
     longest = int(lengths.max())
-    context = model.config.max_position_embeddings
-    require(longest < context or not cache.attention, f"{longest + 1} tokens, context of {context}")
+    context = model.config.max_position_embeddings if cache.attention else math.inf
+    require(longest < context, f"the prompt of {longest + 1} tokens exceeds a context of {context}")
     if longest > 0:
         at = lengths[:, None] + torch.arange(-longest, 0, device=lengths.device)    # (b,longest)
         prefill(model, rows.tokens.gather(1, at.clamp(min=0)), cache, (at >= 0).long())
     return model, cache
 
-CAPTURE = threading.Lock()              # one thread at a time captures a graph
-def as_graph(step, generator=None):
+CAPTURE = threading.Lock()  # while a thread captures, no other may draw from the same generator
+def as_graph(step, generator=None, device=None):
     """`step`, a function of static tensors, as a CUDA graph: the same kernels at the same places,
     all at once, without Python. It is called twice while no row is alive. -> replay"""
-    step()                              # compiles kernels
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with CAPTURE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    with CAPTURE:
+        step()                          # compiles kernels
+        with torch.cuda.graph(graph, None, torch.cuda.Stream(device), "thread_local"):
+            step()
     return graph.replay
 
 # ---- 5. Drafts. start: a new batch; propose: K tokens per row; settle: how many stand. --------
@@ -626,8 +623,8 @@ class ModelDraft(Draft):
     def start(self, target, rows, lookahead, sampling, ring, compiled):
         """Read the prompts. ValueError where the vocabularies differ."""
         super().start(target, rows, lookahead, sampling, ring, compiled)
-        V = self.original.config.vocab_size
-        require(V == target.config.vocab_size, f"the draft's vocabulary of {V} is another")
+        V, wanted = self.original.config.vocab_size, target.config.vocab_size
+        require(V == wanted, f"the draft's vocabulary of {V} must be the target's, of {wanted}")
         self.model, self.cache = start_decoding(self.original, rows, ring, compiled)
 
     def propose(self):
@@ -656,8 +653,8 @@ class ModelDraft(Draft):
         self.cache.commit((self.missing + n_accepted.clamp(max=self.K - 1)) * self.rows.alive)
 
 class NGramDraft(Draft):
-    """Continues as the context did after the latest earlier occurrence of its last n tokens, or of
-    its last two. In 7 8 1 7 8 it drafts 1 7 8 1 ..."""
+    """Continues as the context did after an earlier occurrence of its last n tokens, else of fewer,
+    two at least; the latest of the longest. In 7 8 1 7 8 it drafts 1 7 8 1 ..."""
     def __init__(self, n=3):
         require(n >= 1, f"ngram {n} must be at least 1")
         self.n = n
@@ -682,6 +679,7 @@ class NGramDraft(Draft):
 def LayerSubsetDraft(model, layers):
     """An ordinary model of a few of a model's layers, renumbered, with its embeddings, norm and
     head. The weights are shared: deepcopy it before training ("shrink and fine-tune")."""
+    check_family(model, "draft")
     L = len(model.model.layers)
     require(layers and set(layers) <= set(range(L)) and len(set(layers)) == len(layers),
             f"draft layers {layers} must be different indices in 0..{L - 1}")
@@ -709,7 +707,7 @@ def accept(logits, drafted, q, sampling, simulate=None):
     """Which drafted tokens stand, and the token after them, with exactly the target's distribution.
     Temperature 0: stand while they are the target's argmax. Else (Leviathan et al., 2211.17192)
     d_i stands with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, draw from
-    max(0, p_i - q_i), normalised; where all stand, from p_K: there q is given as 0.
+    max(0, p_i - q_i), normalised; where all stand, from p_{K+1}, as if q were 0 there.
     Why that is p: d is drafted and stands with q min(1, p / q) = min(p, q), which p exceeds by
     max(0, p - q); and sum max(0, p - q) = 1 - sum min(p, q), the chance that nothing stood.
     simulate: SIMULATED acceptance for timing, each token stands with this probability.
@@ -781,7 +779,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     draft.start(target, rows, lookahead, sampling, ring, compiled)
     step = partial(one_round, model, cache, draft, rows, sampling, simulate, on_round)
     if rows.alive.is_cuda and on_round is None:
-        step = as_graph(step, generator)
+        step = as_graph(step, generator, rows.alive.device)
     rows.alive.fill_(True)
     begin = time.perf_counter()
     while rows.alive.any():                 # the one thing in a round that the host waits for
@@ -868,7 +866,8 @@ def load(name):
         authors = has_file(name, "mamba_config.json")
     if authors:
         model = load_authors_checkpoint(name, torch.float32 if device == "cpu" else None)
-        return model.to(device), AutoTokenizer.from_pretrained(name)
+        with M.reading(name, "a tokenizer beside the model"):
+            return model.to(device), AutoTokenizer.from_pretrained(name)
     return M.read_model(name, device)
 
 def read_draft(spec, target):
@@ -876,14 +875,14 @@ def read_draft(spec, target):
     kind, _, value = spec.partition(":")
     if kind not in ("layers", "ngram"):
         return load(spec)[0]
-    require(value.replace(",", "").isdigit(), f"draft {spec}: want numbers after {kind}:")
-    numbers = [int(v) for v in value.split(",")]
-    return NGramDraft(numbers[0]) if kind == "ngram" else LayerSubsetDraft(target, numbers)
+    ids = [value] if kind == "ngram" else value.split(",")
+    require(all(v.isdecimal() for v in ids), f"draft {spec}: want layers:I,J,... or ngram:N")
+    return NGramDraft(int(value)) if kind == "ngram" else LayerSubsetDraft(target, [*map(int, ids)])
 
 def read_prompt(text, target, tokenizer, raw):
     """A user's turn where there is a chat template, unless `raw`. -> ids (l,), its end tokens"""
-    ends = torch.tensor(target.generation_config.eos_token_id or []).view(-1).tolist()
-    ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    both = [target.generation_config.eos_token_id, tokenizer.eos_token_id]      # int, list or None
+    ends = [i for ids in both if ids is not None for i in torch.tensor(ids).view(-1).tolist()]
     if tokenizer.chat_template and not raw:
         chat = M.Chat(tokenizer)
         ends.append(chat.end)
@@ -911,7 +910,7 @@ def answer(args):
     `mamba_in_llama.py --tiny`; print text, rounds and rates. -> rows that --json writes"""
     specs = [args.draft]
     if args.tiny:
-        if not os.path.exists("tiny_run/mamba2"):
+        if not os.path.exists("tiny_run/mamba/tokenizer_config.json"):      # what it writes last
             M.main(["--tiny"])                      # about a minute
         args.target = "tiny_run/mamba2"
         args.prompt = args.prompt or "The standard exception classes that a program can"
@@ -941,13 +940,13 @@ def answer(args):
 
 def make_draft(args):
     """--make-draft layers:...: shrink and fine-tune on the target's own answers, save. -> rows"""
-    require(not os.path.exists(args.out), f"--out {args.out} exists and may not be empty")
+    require(not os.path.exists(args.out), f"--out {args.out} exists: want a new directory")
     target, tokenizer = load(args.target)
+    draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
     chat = M.Chat(tokenizer)
     how = M.SETTINGS[target.device.type]
     tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"] - len(chat.user_start),
                       how["sampled"], seconds=18 * args.minutes)               # (n,length)
-    draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
     losses = M.distil("draft", draft, target, tokens, chat.label(tokens),
                       seconds=36 * args.minutes, batch_size=how["batch"])
     M.save(draft, tokenizer, args.out)
@@ -977,6 +976,7 @@ def parse_args(argv):
     add("--minutes", type=float, default=10, help="--make-draft: minutes for all (default: 10)")
     args = parser.parse_args(argv)
     Sampling(args.temperature, args.top_k, args.top_p)              # raises before models load
+    require(args.minutes > 0, f"--minutes {args.minutes} must be above 0")
     task = args.prompt or args.make_draft
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",

@@ -48,6 +48,7 @@ if DEVICE == "cpu":                     # read while the kernels are built, so o
 
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AttentionInterface, LlamaConfig  # noqa: E402
 
@@ -1164,6 +1165,32 @@ def test_help_and_exit_codes_in_a_process_of_its_own(program, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("error: give --tiny.*\n", done.stderr)
 
+@pytest.mark.parametrize("more", ["--out mine", "--teacher mine", "--resume"])
+def test_tiny_touches_no_directory_of_the_users(more, tmp_path, monkeypatch, capsys):
+    """Its own tiny_run alone is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "prepare", lambda args: pytest.fail(f"goes on with {args.teacher}"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("years of work")
+    ends_in_one_line("--tiny", capsys, M.main, ["--tiny", *more.split()])
+    assert (tmp_path / "mine" / "thesis").exists()
+
+def test_preferences_beyond_the_length_are_counted(world, tmp_path, monkeypatch, capsys):
+    """A pair whose prompt alone fills the row is left out, and said."""
+    path = tmp_path / "rows.jsonl"
+    rows = [dict(prompt=p, chosen="a name", rejected="an error")
+            for p in ("a list " * 50, "a list")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = stages_of(world, tmp_path / "out", f"--preferences {path}", monkeypatch)
+    assert len(given["dpo"]["chosen"][0]) == len(given["dpo"]["rejected"][0]) == 1
+    assert "rows.jsonl: 1 of 2 rows" in capsys.readouterr().out
+
+def test_resume_with_another_share_of_attention_is_refused(world, uninterrupted, tmp_path, capsys):
+    """The layers of the run before would be kept without a word."""
+    shutil.copytree(uninterrupted[3], tmp_path / "out")
+    ends_in_one_line("progress.pt", capsys, M.main,
+                     command(world, tmp_path / "out", "--resume --attention 0.25"))
+
 # ---- 11. Algorithm 2 (spec_decode.py): exactness first. SPEC_GRID=N runs N of the grid. --------
 
 SHARES = {1.0: [0, 1, 2, 3], 0.5: [1, 3], 0.25: [2], 0.0: []}
@@ -1418,6 +1445,12 @@ def test_a_prompt_begins_as_the_tokenizer_wants():
     for raw, want in ((True, chat.tokenizer("one two").input_ids), (False, asked)):
         ids, ends = S.read_prompt("one two", target, chat.tokenizer, raw)
         assert ids.tolist() == want and set(ends) == {5, 6, chat.tokenizer.eos_token_id}
+    core = make_chat(CHATML).tokenizer                  # one that adds a BOS
+    core._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", core.bos_token_id)])
+    raw = S.read_prompt("one", target, core, True)[0].tolist()
+    core._tokenizer.post_processor = TemplateProcessing(single="$A")
+    assert raw == [core.bos_token_id, *core("one").input_ids]
 
 @pytest.mark.parametrize("text, line", [
     ("", "--target"), ("--target tiny_run/mamba2", "--prompt"),
@@ -1425,6 +1458,8 @@ def test_a_prompt_begins_as_the_tokenizer_wants():
     ("--target tiny_run/mamba2 --prompt x --draft layers:9", "0..3"),
     ("--target tiny_run/mamba2 --prompt x --draft ngram:x", "ngram:x"),
     ("--make-draft layers:0 --target tiny_run/teacher --out tiny_run", "--out tiny_run"),
+    ("--make-draft layers:9 --target tiny_run/teacher --out x", r"0\.\.3"),
+    ("--make-draft layers:0 --target tiny_run/teacher --out x --minutes 0", "minutes 0"),
     ("--make-draft ngram:3 --target tiny_run/teacher --out x", "want layers:I,J"),
     ("--tiny --rows 3", "--rows"), ("--tiny --json old/x.json", "--json old/x.json")])
 def test_command_errors(home, text, line, capsys):
