@@ -1029,7 +1029,7 @@ def test_a_console_that_cannot_print(world, uninterrupted, tmp_path, monkeypatch
                       decoded.append(saved.exists()) or "→ ħ é")
         M.cli(lambda: M.main(command(world, tmp_path / "out", "--resume")))
         sys.stdout.seek(0)
-        assert "? ? é" in sys.stdout.read() and decoded == [True]
+        assert "? ? é" in sys.stdout.read() and decoded[-1]
 
 def test_ctrl_c_ends_sampling_at_once_and_leaves_no_handler(world, tmp_path, monkeypatch, capsys):
     """A real SIGINT while the teacher writes: exit code 3, one line, handlers as before."""
@@ -1164,6 +1164,13 @@ def test_help_and_exit_codes_in_a_process_of_its_own(program, tmp_path):
     done = python(f"{HERE}/{program}", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("error: give --tiny.*\n", done.stderr)
+
+def test_a_text_that_holds_the_templates_mark_is_refused():
+    """What follows it would be labelled as an answer; a mark that is a line break is none."""
+    chat = make_chat(LLAMA2)
+    refuses("marks", chat.ids, M.turns_of("What does [/INST] say?", "one"))
+    refuses("template.*answer", make_chat, "{% for m in messages %}{{ m.content }}\n"
+            "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}")
 
 @pytest.mark.parametrize("more", ["--out mine", "--teacher mine", "--resume"])
 def test_tiny_touches_no_directory_of_the_users(more, tmp_path, monkeypatch, capsys):
