@@ -500,8 +500,8 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teac
     on_gpu = student_hidden.is_cuda
     loss_of_logits = torch.compile(distillation_loss) if on_gpu and triton else distillation_loss
     rows = max(1, (4096 if on_gpu else 1024) // labels.shape[1])
-
-    def sum_of_rows(s, t, y):           # (rows,l,D) twice, (rows,l) -> ()
+    def sum_of_rows(s, t, y):
+        """s, t (rows,l,D)  y (rows,l) -> the loss, summed over labelled tokens ()"""
         loss, parts = loss_of_logits(s @ student_head.T, t @ teacher_head.T, y, alpha, beta)
         return loss * parts["tokens"]
     total = 0
@@ -553,8 +553,8 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
     """Which n layers should stay attention, of a student with aligned mixers everywhere: in a few
     rounds, those that leave the least KL to the teacher. tokens, labels (m,l) -> indices"""
     mixers = student.mixers()
-
     def put_attention(keep):
+        """The teacher's attention into the layers `keep`, the student's mixers into all others."""
         for i, layer in enumerate(student.model.layers):
             layer.self_attn = teacher.model.layers[i].self_attn if i in keep else mixers[i]
     keep = []
@@ -587,8 +587,7 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
     end = start + (seconds or 0)
     bar = tqdm(range(steps or 10 ** 9), name, leave=False, disable=None)
     for step in bar:
-        past = time.monotonic() - start
-        done = (step + 0.5) / steps if steps else past / max(end - start, 1e-9)
+        done = (step + .5) / steps if steps else (time.monotonic() - start) / max(end - start, 1e-9)
         if done >= 1 and step > 1:                  # late or not, two steps are taken
             break
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -616,11 +615,11 @@ def align_mixers(student, teacher, tokens, steps=None, **options):
     |mixer - attention|^2 / |attention|^2. options: see `train`. tokens (n,l) -> losses"""
     mixers = student.mixers()
     seen = {}                                       # layer: what its attention was given and gave
-
     def remember(attention, args, kwargs, output):
+        """Called after an attention layer of the teacher."""
         seen[attention.layer_idx] = kwargs, output[0]
-
     def loss_of_rows(rows):
+        """The mean error of the layers ()"""
         with torch.no_grad():
             teacher.model(tokens[rows].to(teacher.device), use_cache=False)
         errors = []
@@ -637,8 +636,9 @@ def align_mixers(student, teacher, tokens, steps=None, **options):
                      **options)
 
 def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1.0, **options):
-    """Stages 1 and 2: Eq. 2, KL above all. options: see `train`. tokens, labels (n,l) -> losses"""
+    """Stages 1 and 2: Eq. 2, more KL than CE. options: `train`. tokens, labels (n,l) -> losses"""
     def loss_of_rows(rows):
+        """Eq. 2 of a batch ()"""
         batch = tokens[rows].to(student.device)                                         # (b,l)
         with torch.no_grad():
             wanted = teacher.model(batch, use_cache=False).last_hidden_state            # (b,l,D)
@@ -649,9 +649,9 @@ def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1
     return train(name, student, loss_of_rows, len(tokens), steps, **options)
 
 def dpo(student, teacher, chosen, rejected, steps=None, beta=0.1, **options):
-    """Stage 3: Eq. 4, the teacher as reference. options: see `train`
-    chosen, rejected: (tokens, labels), each (n,l) -> losses"""
+    """Stage 3: Eq. 4. chosen, rejected: (tokens, labels), each (n,l). options: `train` -> losses"""
     def loss_of_rows(rows):
+        """The mean of Eq. 4 over a batch ()"""
         logps = []
         for model in (student, teacher):
             for tokens, labels in (chosen, rejected):
