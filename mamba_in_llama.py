@@ -57,7 +57,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:                       # no Triton on this platform: the PyTorch forms serve
-    triton = None
+    triton = tl = None
 
 # what transformers calls a cache, before 5.24 and since
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
@@ -101,16 +101,15 @@ def recurrence(x, delta, A, B, C, state=None):
     discretized by Euler's rule, Delta B, as in Mamba's own code: the exact rule divides by A.)
     x (b,l,H,P)  delta (b,l,H,p')  A (H,p',n')  B, C (b,l,H,N)  state (b,H,P,N)
     -> y (b,l,H,P), state"""
-    b, _, H, P = x.shape
-    h = x.new_zeros(b, H, P, B.shape[-1]) if state is None else state
+    h = x.new_zeros(len(x), *x.shape[2:], B.shape[-1]) if state is None else state
     decay = torch.exp(delta[..., None] * A)                             # (b,l,H,p',n')
     write = (delta * x)[..., None] * B[..., None, :]                    # (b,l,H,P,N)
     states = []
     for decay_t, write_t in zip(decay.unbind(1), write.unbind(1)):
         h = decay_t * h + write_t                                       # (b,H,P,N)
         states.append(h)
-    y = torch.stack(states, 1) @ C[..., None]                           # (b,l,H,P,1)
-    return y[..., 0], h
+    y = (torch.stack(states, 1) * C[..., None, :]).sum(-1)              # (b,l,H,P)
+    return y, h
 
 def into_chunks(v, chunk):
     """v (b,l,H,.) -> (b,c,H,chunk,.), zeros at the end: with Delta = 0 a token does nothing."""
@@ -228,13 +227,12 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None:
         state = x.new_zeros(len(x), *x.shape[2:], B.shape[-1], dtype=wide)          # (b,H,P,N)
-    long_mamba2 = A.shape[-1] == 1 and x.shape[1] > 1
-    if not long_mamba2 and not torch.is_grad_enabled() and use_triton(wide, x.device):
-        state = state.clone()
-        return run_step_kernel(x, delta, A, B, C, state), state
-    if long_mamba2:
+    if A.shape[-1] == 1 and x.shape[1] > 1:
         return mamba2_scan(x, delta, A, B, C, state, chunk or 64)
-    return mamba_scan(x, delta, A, B, C, state, chunk or 32)
+    if torch.is_grad_enabled() or not use_triton(wide, x.device):
+        return mamba_scan(x, delta, A, B, C, state, chunk or 32)
+    state = state.clone()
+    return run_step_kernel(x, delta, A, B, C, state), state
 
 # ---- 4. The mixer: what stands where attention stood. Both kinds, training and decoding. ------
 def to_heads(v, H, runs):
@@ -421,10 +419,9 @@ class HybridForCausalLM(LlamaForCausalLM):
             highest = torch.where(real, position_ids, -1).cummax(-1).values             # (.,l)
             again = real[:, 1:] & (highest.diff() == 0)
             require(not again.any(), "position_ids start again: packed documents need own rows")
-        out = super().forward(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, token_mask=mask,
-            inputs_embeds=inputs_embeds, labels=labels, use_cache=cache is not None,
-            **{CACHE: cache}, **kwargs)
+        out = super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                              inputs_embeds=inputs_embeds, labels=labels, token_mask=mask,
+                              use_cache=cache is not None, **{CACHE: cache}, **kwargs)
         if cache is not None and not self.config.attn_layers:       # a pure Mamba's cache counts
             nothing = tokens.new_zeros(b, 1, l, 1)                  # tokens by columns of K and V
             cache.update(nothing, nothing, 0)
@@ -526,6 +523,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 # ---- 7. Evaluation, and which layers should stay attention. -----------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")           # what is compiled was compiled for other shapes
+@torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available())
 def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     """How far the student is from its teacher, at every position t >= max(prefix_len, 1), or where
     `labels` (n,l) says. kl in nats a token; agreement: where both say the same word.
@@ -536,11 +534,10 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     labels = labels.to(student.device)
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
     for batch, part in zip(tokens.to(student.device).split(batch_size), labels.split(batch_size)):
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-            s = student(batch, use_cache=False).logits                                  # (b,l,V)
-            t = teacher(batch, use_cache=False).logits                                  # (b,l,V)
-            _, ours = distillation_loss(s, t, part)
-            _, theirs = distillation_loss(t, t, part)
+        s = student(batch, use_cache=False).logits                                      # (b,l,V)
+        t = teacher(batch, use_cache=False).logits                                      # (b,l,V)
+        _, ours = distillation_loss(s, t, part)
+        _, theirs = distillation_loss(t, t, part)
         same = (s.argmax(-1) == t.argmax(-1))[:, :-1] & (part[:, 1:] != -100)           # (b,l-1)
         means = torch.stack([ours["ce"], ours["kl"], theirs["ce"]])
         sums += torch.cat([means * ours["tokens"], same.sum()[None]])
@@ -549,6 +546,9 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
             "ratio": (nats - teacher_nats).exp().item(),    # exp of a tensor: inf past 709 nats
             "kl": kl.item(), "agreement": same.item()}
 
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+@torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available())
 def choose_layers(student, teacher, n, tokens, labels, rounds=5):
     """Which n layers should stay attention, of a student with aligned mixers everywhere: in a few
     rounds, those that leave the least KL to the teacher. tokens, labels (m,l) -> indices"""
@@ -558,13 +558,14 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
         for i, layer in enumerate(student.model.layers):
             layer.self_attn = teacher.model.layers[i].self_attn if i in keep else mixers[i]
     keep = []
+    wanted = teacher(tokens, use_cache=False).logits                                    # (m,l,V)
     for left in range(min(rounds, n), 0, -1):
         scores = {}
         for i in tqdm(mixers.keys() - keep, "layers", leave=False, disable=None):
             put_attention([*keep, i])
-            scores[i] = evaluate(student, teacher, tokens, labels=labels, batch_size=4)["kl"]
-        best_first = sorted(scores, key=scores.get)
-        keep += best_first[:math.ceil((n - len(keep)) / left)]
+            logits = student(tokens, use_cache=False).logits                            # (m,l,V)
+            scores[i] = distillation_loss(logits, wanted, labels)[1]["kl"].item()
+        keep += sorted(scores, key=scores.get)[:math.ceil((n - len(keep)) / left)]
     put_attention([])
     return sorted(keep)
 
@@ -573,7 +574,7 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
           only=None):
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1; ends
     after `steps` or `seconds`. loss_of_rows(indices (batch_size,) below n_rows) -> loss (). only:
-    the modules that train, all if None. FloatingPointError if a loss is not finite. -> losses"""
+    the modules that train, all if None. ValueError if a loss is not finite. -> losses"""
     if only is not None and not only:
         return []
     model.requires_grad_(only is None)              # what is frozen takes no gradients, no memory
@@ -601,8 +602,7 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
         losses.append(loss.detach())
         if step % 10 == 0 or not loss.is_cuda:      # looking waits for a GPU
             bar.set_postfix_str(f"loss {loss.item():.3f}")
-            if not math.isfinite(loss.item()):      # a GPU may be ten steps further by now
-                raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step + 1}")
+            require(math.isfinite(loss.item()), f"{name}: loss {loss.item()} at step {step + 1}")
         optimizer.step()
         if step == 0:                               # compiled: the schedule starts now, `end` stays
             start = time.monotonic()
@@ -688,8 +688,7 @@ class Chat:
             answered = [self.ids(turns_of(question, answer)) for answer in ("The", "###")]
             asked.append(os.path.commonprefix(answered))
         self.user_start = os.path.commonprefix(asked)       # what stands before a first question
-        backwards = [ids[::-1] for ids in asked]
-        self.answer_start = os.path.commonprefix(backwards)[::-1]   # between question and answer
+        self.answer_start = os.path.commonprefix([ids[::-1] for ids in asked])[::-1]    # after it
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ends = [i for i in answered[0][len(asked[1]):] if i in special]     # what follows "###"
         self.mark = tokenizer.decode(self.answer_start).strip()
@@ -743,9 +742,11 @@ def read_jsonl(path, chat, length, *fields):
     require(rows, f"{path}: no rows")
     return with_answers(path, length, *[pack(column, length, chat) for column in zip(*rows)])
 
+@nn.attention.sdpa_kernel([nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH])
 def sample(model, prompt, n, n_new, batch_size=64, temperature=0.9, seconds=None, seed=0):
-    """n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens, by
-    transformers' generate; after `seconds` no further batch begins. -> (n,len(prompt)+n_new)"""
+    """n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens; no further
+    batch begins after `seconds`. By transformers' generate, without cuDNN's attention, which plans
+    each length of a text anew, 40 ms a token. -> (n,len(prompt)+n_new)"""
     rows = []
     start = time.monotonic()
     torch.manual_seed(seed)
@@ -822,7 +823,6 @@ SETTINGS = {
 
 def parse_args(argv=None):
     """The flags and the settings of the device; ValueError for values that make no sense."""
-    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = partial(require, False)          # ValueError, not argparse's own exit
     add = parser.add_argument
@@ -843,10 +843,10 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on after the last stage that --out finished")
     add("--json", help="write the table to this file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tiny = "--tiny" in (sys.argv if argv is None else argv)
-    parser.set_defaults(device=device, start=start, **SETTINGS["tiny" if tiny else device])
+    kind = "tiny" if "--tiny" in (sys.argv if argv is None else argv) else device
+    parser.set_defaults(device=device, start=time.monotonic(), **SETTINGS[kind])
     args = parser.parse_args(argv)
-    if tiny:
+    if args.tiny:
         for name in ("teacher", "out", "minutes", "resume"):
             require(getattr(args, name) == parser.get_default(name), f"--tiny takes no --{name}")
         shutil.rmtree("tiny_run", ignore_errors=True)
@@ -944,7 +944,7 @@ def run(teacher, data, args):
         losses = run_phase(phase, student, teacher, data, args) if phase else []
         if phase == 1 and choose:
             aligned = student.state_dict()
-            few = [v[:args.scored] for v in data.train]
+            few = [v[:args.scored].to(args.device) for v in data.train]
             student = convert(teacher, choose_layers(student, teacher, n, *few), args)
             student.load_state_dict(aligned, strict=False)
         row = {"stage": name, "losses": losses[::len(losses) // 500 + 1],
@@ -988,7 +988,7 @@ def cli(run_main=main):
     transformers.utils.logging.disable_progress_bar()
     try:
         run_main()
-    except (ValueError, FloatingPointError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -43,19 +43,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import has_file
 
 import mamba_in_llama as M
-from mamba_in_llama import require
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                       # no Triton on this platform: the PyTorch form serves
-    triton = None
+from mamba_in_llama import require, tl, triton
 
 # ---- 1. MultiStep: replay what was accepted, go on for T tokens, all in one call. -----------
 # States are too big to keep one per token, so one stays behind; committed tokens enter it when the
@@ -283,7 +276,7 @@ class AttentionState:
     count, nothing is erased; the last column takes what is thrown away."""
     def __init__(self, attention, cache, zeros):
         config = attention.config
-        width = cache.max_length // 8 * 8 + 8       # GPU products want a multiple of 8
+        width = cache.max_length // 64 * 64 + 64    # calls of about one size are compiled once
         self.call = cache.call
         self.window = math.inf          # positions that a token sees: Llama all, Mistral some,
         if config.model_type != "llama":                                    # Qwen2 by layer
@@ -536,7 +529,7 @@ def read_request(target, input_ids, max_new_tokens, lookahead, eos_token_id):
     length = torch.tensor([len(ids) for ids in prompts], device=device)             # (b,)
     # the last round may overshoot by K + 1 tokens, and rows that have ended go on with the others
     spare = max_new_tokens + 2 * lookahead + 2
-    tokens = F.pad(pad_sequence(prompts, batch_first=True), (0, spare)).long().to(device)
+    tokens = F.pad(torch.nn.utils.rnn.pad_sequence(prompts, True), (0, spare)).long().to(device)
     return Rows(tokens, length, length + max_new_tokens, length < 0, ends.to(device),
                 torch.zeros(4, dtype=torch.long, device=device))
 
@@ -565,9 +558,13 @@ def start_decoding(model, rows, ring, compiled):
     model.model.config._attn_implementation = "sdpa"
     for layer in model.model.layers:
         layer.self_attn.layer_idx = 0
-    if rows.tokens.device.type == "cpu" and model.model.norm.weight.dtype == torch.float32:
-        for part in model.modules():
-            part.__class__ = FewRowsLinear if type(part) is torch.nn.Linear else type(part)
+    like = model.model.norm.weight
+    for part in model.modules():
+        if hasattr(part, "variance_epsilon") and like.dtype != torch.float64:   # theirs rounds it
+            part.__class__ = torch.nn.RMSNorm       # one kernel in place of theirs' seven
+            part.normalized_shape, part.eps = part.weight.shape, part.variance_epsilon
+        elif type(part) is torch.nn.Linear and like.dtype == torch.float32 and not like.is_cuda:
+            part.__class__ = FewRowsLinear
     cache = MixerCache.allocate(model, *rows.tokens.shape, ring)
     if compiled:
         tuned = {"options": {"coordinate_descent_tuning": True}}        # 3 % faster, 15 s more
@@ -979,6 +976,10 @@ def parse_args(argv):
     require(args.minutes > 0, f"--minutes {args.minutes} must be above 0")
     task = args.prompt or args.make_draft
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
+    idle = "draft prompt raw" if args.make_draft else "out"
+    idle += " target draft make_draft" if args.tiny else ""
+    for name in idle.split():
+        require(getattr(args, name) == parser.get_default(name), f"--{name} does nothing here")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
     with M.reading(f"--json {args.json}", "a path that can be written"):
@@ -990,7 +991,6 @@ def parse_args(argv):
 def main(argv=None):
     """Run the command line. -> the rows that --json writes"""
     args = parse_args(argv)
-    torch.manual_seed(args.seed)
     rows = make_draft(args) if args.make_draft else answer(args)
     if args.json:
         M.write_whole(args.json, lambda file: file.write(json.dumps(rows, indent=1).encode()))
