@@ -150,8 +150,8 @@ def mamba_scan(x, delta, A, B, C, state, chunk=32):
     """Mamba decays each state entry by itself, so the recurrence stays. Under `checkpoint` autograd
     keeps one state a chunk, not (b,l,H,P,N) values, and reruns the chunk. Shapes: `recurrence`"""
     ys = []
-    for t in range(0, x.shape[1], chunk):
-        x_t, delta_t, B_t, C_t = [v[:, t:t + chunk].to(state.dtype) for v in (x, delta, B, C)]
+    parts = [v.to(state.dtype).split(chunk, 1) for v in (x, delta, B, C)]
+    for x_t, delta_t, B_t, C_t in zip(*parts):
         y, state = checkpoint(recurrence, x_t, delta_t, A, B_t, C_t, state, use_reentrant=False)
         ys.append(y)
     return torch.cat(ys, 1).to(x.dtype), state
