@@ -613,27 +613,26 @@ def align_mixers(student, teacher, tokens, steps=None, **options):
     """Stage 0: every mixer learns the teacher's attention output from the teacher's input. The
     teacher runs once a step, the student's trunk not at all; the loss is the mean over layers of
     |mixer - attention|^2 / |attention|^2. options: see `train`. tokens (n,l) -> losses"""
-    mixers = student.mixers()
+    new = student.mixers()
     seen = {}                                       # layer: what its attention was given and gave
     def remember(attention, args, kwargs, output):
         """Called after an attention layer of the teacher."""
         seen[attention.layer_idx] = kwargs, output[0]
-    def loss_of_rows(rows):
+    def error(rows):
         """The mean error of the layers ()"""
         with torch.no_grad():
             teacher.model(tokens[rows].to(teacher.device), use_cache=False)
         errors = []
-        for i, mixer in mixers.items():
+        for i, mixer in new.items():
             given, wanted = seen[i]
             y, _ = mixer(given["hidden_states"], given["position_embeddings"])          # (b,l,D)
             errors.append((y.float() - wanted).square().sum() / wanted.float().square().sum())
         return torch.stack(errors).mean()
     with ExitStack() as hooks:
-        for i in mixers:
+        for i in new:
             attention = teacher.model.layers[i].self_attn
             hooks.enter_context(attention.register_forward_hook(remember, with_kwargs=True))
-        return train("alignment", student, loss_of_rows, len(tokens), steps, only=mixers.values(),
-                     **options)
+        return train("alignment", student, error, len(tokens), steps, only=new.values(), **options)
 
 def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1.0, **options):
     """Stages 1 and 2: Eq. 2, more KL than CE. options: `train`. tokens, labels (n,l) -> losses"""
@@ -833,7 +832,7 @@ def parse_args(argv=None):
     add("--mixer", choices=("mamba2", "mamba"), default="mamba2", help="default: mamba2")
     add("--d-state", type=int, help="state size (default: mamba2 the head's, mamba 16)")
     add("--even", action="store_true", help="keep evenly spaced layers, not the best to keep")
-    add("--minutes", type=float, help="what the whole command may take, minutes")
+    add("--minutes", type=float, help="minutes for the whole command; --resume: for what is left")
     add("--tokens", type=float, default=2e6, help="else: tokens to train on (default: 2e6)")
     add("--sft", help='JSONL, rows {"prompt","response"} or {"messages"}: stage 2')
     add("--preferences", help='JSONL, rows {"prompt","chosen","rejected"}: stage 3')
@@ -846,15 +845,16 @@ def parse_args(argv=None):
     kind = "tiny" if "--tiny" in (sys.argv if argv is None else argv) else device
     parser.set_defaults(device=device, start=time.monotonic(), **SETTINGS[kind])
     args = parser.parse_args(argv)
-    if args.tiny:
-        for name in ("teacher", "out", "minutes", "resume"):
-            require(getattr(args, name) == parser.get_default(name), f"--tiny takes no --{name}")
-        shutil.rmtree("tiny_run", ignore_errors=True)
     require(args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(0 <= args.attention <= 1, f"--attention {args.attention} is outside 0..1")
     for name in ("minutes", "tokens", "length", "batch", "d-state"):
         value = getattr(args, name.replace("-", "_"))
         require(value is None or 0 < value < math.inf, f"--{name} {value} must be above 0")
+    require(not os.path.isdir(args.json or ""), f"--json {args.json} is a directory")
+    if args.tiny:
+        for name in ("teacher", "out", "minutes", "resume", "mixer"):
+            require(getattr(args, name) == parser.get_default(name), f"--tiny takes no --{name}")
+        shutil.rmtree("tiny_run", ignore_errors=True)
     with reading(f"--out {args.out}, --json {args.json}", "an empty --out, or --resume"):
         os.makedirs(os.path.dirname(os.path.abspath(args.json or args.out)), exist_ok=True)
         os.makedirs(args.out, exist_ok=True)

@@ -976,10 +976,10 @@ def parse_args(argv):
     require(args.minutes > 0, f"--minutes {args.minutes} must be above 0")
     task = args.prompt or args.make_draft
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
-    idle = "draft prompt raw" if args.make_draft else "out"
-    idle += " target draft make_draft" if args.tiny else ""
-    for name in idle.split():
+    idle = ["draft", "prompt", "raw"] if args.make_draft else ["out", "minutes"]
+    for name in idle + ["target", "draft", "make_draft"] * args.tiny:
         require(getattr(args, name) == parser.get_default(name), f"--{name} does nothing here")
+    require(not os.path.isdir(args.json or ""), f"--json {args.json} is a directory")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
     with M.reading(f"--json {args.json}", "a path that can be written"):
