@@ -1470,7 +1470,7 @@ def test_a_prompt_begins_as_the_tokenizer_wants():
     ("--make-draft layers:0 --target tiny_run/teacher --out x --minutes 0", "minutes 0"),
     ("--make-draft ngram:3 --target tiny_run/teacher --out x", "want layers:I,J"),
     ("--tiny --rows 3", "--rows"), ("--tiny --json old/x.json", "--json old/x.json"),
-    ("--tiny --json tiny_run", "is a directory"), ("--make-draft layers:0 --raw", "--target")])
+    ("--tiny --json tiny_run", "a directory"), ("--make-draft layers:0 --target x --raw", "--raw")])
 def test_command_errors(home, text, line, capsys):
     ends_in_one_line(line, capsys, S.main, shlex.split(text))
 
