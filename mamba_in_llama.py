@@ -24,7 +24,6 @@ Contents:  1 configuration   2 the scan   3 the step kernel   4 the mixer   5 th
            6 losses (Eq. 2, Eq. 4)   7 evaluation   8 training   9 data   10 command line
 
     python mamba_in_llama.py --tiny                  # the whole story, about a minute on a laptop
-    python mamba_in_llama.py --teacher DIR --attention 0.5 --out hybrid --minutes 20
 """
 
 import argparse
@@ -145,14 +144,28 @@ def mamba2_scan(x, delta, A, B, C, state, chunk=64):
     y = scores @ u + torch.exp(cum).to(x.dtype) * (C @ start.mT)        # (b,c,H,chunk,P)
     return y.transpose(2, 3).flatten(1, 2)[:, :x.shape[1]], state
 
-@torch.compiler.disable                             # which would unroll the loops over tokens
+def recurrence_doubling(x, delta, A, B, C, state):
+    """`recurrence` in log2(l) steps of all tokens at once (the scan of Hillis and Steele): work for
+    a GPU. decay, h: what a token and the reach - 1 before it do to a state. Shapes: `recurrence`"""
+    decay = torch.exp(delta[..., None] * A)                             # (b,l,H,P,N)
+    h = (delta * x)[..., None] * B[..., None, :]                        # (b,l,H,P,N)
+    reach = 1
+    while reach < x.shape[1]:
+        h = torch.cat((h[:, :reach], decay[:, reach:] * h[:, :-reach] + h[:, reach:]), 1)
+        decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), 1)
+        reach *= 2
+    h = decay * state[:, None] + h
+    return (h * C[..., None, :]).sum(-1), h[:, -1]
+
+@torch.compiler.disable                             # which would unroll the loop over chunks
 def mamba_scan(x, delta, A, B, C, state, chunk=32):
     """Mamba decays each state entry by itself, so the recurrence stays. Under `checkpoint` autograd
     keeps one state a chunk, not (b,l,H,P,N) values, and reruns the chunk. Shapes: `recurrence`"""
+    scan = torch.compile(recurrence_doubling, dynamic=False) if x.is_cuda and triton else recurrence
     ys = []
     parts = [v.to(state.dtype).split(chunk, 1) for v in (x, delta, B, C)]
     for x_t, delta_t, B_t, C_t in zip(*parts):
-        y, state = checkpoint(recurrence, x_t, delta_t, A, B_t, C_t, state, use_reentrant=False)
+        y, state = checkpoint(scan, x_t, delta_t, A, B_t, C_t, state, use_reentrant=False)
         ys.append(y)
     return torch.cat(ys, 1).to(x.dtype), state
 
@@ -187,18 +200,19 @@ if triton is not None:
         y += (row * T * H + head) * P + p                               # (BP,)
         state += ((row * H + head) * P + p[:, None]) * N + n[None, :]   # (BP,BN)
         A += (head * DP + p[:, None] % DP) * DN + n[None, :] % DN       # (BP,BN)
-        a = tl.load(A, mask=in_tile, other=0)
+        a = tl.load(A, mask=in_tile, other=0) * 1.4426950408889634      # exp(a) = exp2(a / ln 2)
         h = tl.load(state, mask=in_tile, other=0)
+        slot = base % SLOTS
         for i in range(0, n_old + T):
-            slot = (base + i) % SLOTS
             t = i - n_old                                               # < 0: replayed
             delta_i = tl.load(delta + slot * H * DP, mask=p < P, other=0)               # (BP,)
             x_i = tl.load(x + slot * H * P, mask=p < P, other=0).to(tl.float32)         # (BP,)
             B_i = tl.load(B + slot * H * N, mask=n < N, other=0).to(tl.float32)         # (BN,)
             C_t = tl.load(C + t * H * N, mask=n < tl.where(t < 0, 0, N), other=0).to(tl.float32)
-            h = tl.exp(delta_i[:, None] * a) * h + (delta_i * x_i)[:, None] * B_i[None, :]
+            h = tl.exp2(delta_i[:, None] * a) * h + (delta_i * x_i)[:, None] * B_i[None, :]
             tl.store(state, h, mask=in_tile & (n[None, :] < tl.where(i + 1 == keep, N, 0)))
             tl.store(y + t * H * P, tl.sum(h * C_t[None, :], 1), mask=p < tl.where(t < 0, 0, P))
+            slot = tl.where(slot + 1 == SLOTS, 0, slot + 1)             # cheaper than a remainder
 
 def use_triton(dtype, device):
     """Kernels compute in fp32. TRITON_INTERPRET=1 runs them on a CPU, where a debugger can stop."""
@@ -249,7 +263,7 @@ def scan_inputs(x, dt, B, C, A, dt_bias, D, z, state, runs):
     B = to_heads(B, C.shape[2], runs)
     delta = F.softplus(dt + dt_bias)                                    # (b,l,H,p')
     y, state = chunked_scan(x, delta, A, B, C, state)
-    return (y + D * x) * F.silu(z), state
+    return torch.addcmul(y, D, x) * F.silu(z), state
 
 class Mixer(nn.Module):
     """Mamba or Mamba2 with attention's four projections; called by transformers as `self_attn`.
@@ -306,9 +320,8 @@ class Mixer(nn.Module):
         C.copy_(attention.q_proj.weight)                                # (d_inner,D)
         self.out_proj.weight.copy_(attention.o_proj.weight)             # (D,d_inner)
         _, x, B, C, _ = self.in_proj.bias.split(self.rows)
-        biases = {"v_proj": x, "k_proj": B, "q_proj": C, "o_proj": self.out_proj.bias}
-        for name, new in biases.items():
-            old = attention.get_submodule(name).bias
+        v, k, q, o = attention.v_proj, attention.k_proj, attention.q_proj, attention.o_proj
+        for new, old in (x, v.bias), (B, k.bias), (C, q.bias), (self.out_proj.bias, o.bias):
             if old is not None:
                 new.copy_(old)
 
@@ -319,10 +332,10 @@ class Mixer(nn.Module):
         if cache is not None:
             columns = cache.update_conv_state(columns, self.layer_idx, conv_kernel_size=W - 1)
         l = raw.shape[1]
-        columns = F.pad(columns, (W - 1, 0))[..., -(W - 1 + l):]        # zeros before a text begins
+        columns = F.pad(columns, (W - 1 + l - columns.shape[-1], 0))    # zeros before a text begins
         out = self.conv1d.bias[:, None]
         for w in range(W):      # shifted sums: a compiler fuses them, cuDNN's kernels are slower
-            out = out + columns[..., w: w + l] * self.conv1d.weight[:, 0, w, None]
+            out = torch.addcmul(out, columns[..., w: w + l], self.conv1d.weight[:, 0, w, None])
         out = F.silu(out) if self.config.conv == "default" else out
         return out.mT.to(raw.dtype)
 
@@ -333,21 +346,20 @@ class Mixer(nn.Module):
         proj = self.in_proj(hidden_states)                              # (b,l,sum(rows))
         if token_mask is not None:                  # padding: nothing enters the convolution ...
             proj = proj * token_mask[..., None]
-        z, x, B, C, dt = proj.split(self.rows, -1)
+        z, xBC, dt = proj.split((self.d_inner, 2 * self.d_xb + self.d_inner, self.rows[-1]), -1)
+        if not self.per_channel:
+            xBC = self.convolve(xBC, cache)
+        x, BC = xBC.split((self.d_xb, self.d_xb + self.d_inner), -1)
         if self.per_channel:                        # Mamba convolves x alone, heads repeated
             x = to_heads(x.unflatten(-1, (-1, self.N)), self.H, self.runs).flatten(-2)
             x = self.convolve(x, cache)                                 # (b,l,d_inner)
-        else:
-            xBC = self.convolve(torch.cat((x, B, C), -1), cache)
-            x, B, C = xBC.split((self.d_xb, self.d_xb, self.d_inner), -1)
-        B = B.unflatten(-1, (-1, self.head_dim))                        # attention's heads
-        C = C.unflatten(-1, (-1, self.head_dim))
-        if self.config.rope:
-            B, C = apply_rotary_pos_emb(B, C, *position_embeddings, unsqueeze_dim=2)
-        C = C * self.head_dim ** -0.5 if self.config.scale_c else C
+        BC = BC.unflatten(-1, (-1, self.head_dim))                      # attention's: K's, Q's
+        if self.config.rope:                        # all at once; the second argument is empty
+            BC, _ = apply_rotary_pos_emb(BC, BC[:, :, :0], *position_embeddings, unsqueeze_dim=2)
         x = x.unflatten(-1, (-1, self.N))                               # (b,l,Gx,P)
-        B = B.flatten(-2).unflatten(-1, (-1, self.N))                   # (b,l,G,N)
-        C = C.flatten(-2).unflatten(-1, (-1, self.N))                   # (b,l,H,N)
+        BC = BC.flatten(-2).unflatten(-1, (-1, self.N))                 # (b,l,G+H,N)
+        B, C = BC.split((self.d_xb // self.N, self.H), 2)
+        C = C * self.head_dim ** -0.5 if self.config.scale_c else C     # as attention does
         z = z.unflatten(-1, (self.H, -1))                               # (b,l,H,P)
         dt = self.dt_proj(dt) if self.per_channel else dt               # (b,l,H p')
         dt = dt.unflatten(-1, (self.H, -1))                             # (b,l,H,p')
@@ -409,8 +421,7 @@ class HybridForCausalLM(LlamaForCausalLM):
         mask = None
         if attention_mask is not None:
             past = 0 if cache is None else cache.get_seq_length()
-            require(attention_mask.shape == (b, past + l),
-                    f"attention_mask {tuple(attention_mask.shape)} must be {(b, past + l)}")
+            require(attention_mask.shape == (b, past + l), f"attention_mask is not {(b, past + l)}")
             mask = attention_mask[:, -l:].bool()                                        # (b,l)
         if position_ids is None and mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -l:]
@@ -423,8 +434,7 @@ class HybridForCausalLM(LlamaForCausalLM):
                               inputs_embeds=inputs_embeds, labels=labels, token_mask=mask,
                               use_cache=cache is not None, **{CACHE: cache}, **kwargs)
         if cache is not None and not self.config.attn_layers:       # a pure Mamba's cache counts
-            nothing = tokens.new_zeros(b, 1, l, 1)                  # tokens by columns of K and V
-            cache.update(nothing, nothing, 0)
+            cache.update(*tokens.new_zeros(2, b, 1, l, 1), 0)       # tokens by columns of K, V
         return out
 
 AutoConfig.register("mamba_in_llama", HybridConfig, exist_ok=True)
@@ -447,8 +457,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
             f"teacher: model type {theirs.model_type!r} is none of {', '.join(FAMILIES)}")
     L = len(teacher.model.layers)
     keep = list(range(1, L, 2)) if attn_layers is None else sorted(int(i) for i in attn_layers)
-    require(all(0 <= i < L for i in keep), f"attention layers {keep} are not in 0..{L - 1}")
-    require(len(set(keep)) == len(keep), f"attention layers {keep} are repeated")
+    require(keep == sorted({*keep} & {*range(L)}), f"attn_layers {keep} must differ, in 0..{L - 1}")
     heads, groups = theirs.num_attention_heads, theirs.num_key_value_heads
     require(heads % groups == 0, f"{heads} query heads are no multiple of {groups} key/value heads")
     head_dim = teacher.model.layers[0].self_attn.head_dim
@@ -570,10 +579,9 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
     return sorted(keep)
 
 # ---- 8. Training: one loop for alignment and the three stages. --------------------------------
-def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_size=8, lr=1e-3,
-          only=None):
+def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, lr=1e-3, only=None):
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1; ends
-    after `steps` or `seconds`. loss_of_rows(indices (batch_size,) below n_rows) -> loss (). only:
+    after `steps` or `seconds`. loss_of_rows(indices (batch_size,) below n) -> loss (). only:
     the modules that train, all if None. ValueError if a loss is not finite. -> losses"""
     if only is not None and not only:
         return []
@@ -593,7 +601,7 @@ def train(name, model, loss_of_rows, n_rows, steps=None, seconds=None, batch_siz
             break
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, done / 0.1) * cosine
-        rows = torch.randint(n_rows, (batch_size,), generator=draw)
+        rows = torch.randint(n, (batch_size,), generator=draw)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             loss = loss_of_rows(rows)
         optimizer.zero_grad()
@@ -640,11 +648,10 @@ def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1
         """Eq. 2 of a batch ()"""
         batch = tokens[rows].to(student.device)                                         # (b,l)
         with torch.no_grad():
-            wanted = teacher.model(batch, use_cache=False).last_hidden_state            # (b,l,D)
-        hidden = student.model(batch, use_cache=False).last_hidden_state                # (b,l,D)
+            theirs = teacher.model(batch, use_cache=False).last_hidden_state            # (b,l,D)
+        ours = student.model(batch, use_cache=False).last_hidden_state                  # (b,l,D)
         heads = student.lm_head.weight, teacher.lm_head.weight                          # (V,D)
-        return chunked_distillation_loss(hidden, wanted, *heads, labels[rows].to(batch.device),
-                                         alpha, beta)
+        return chunked_distillation_loss(ours, theirs, *heads, labels[rows].to(batch), alpha, beta)
     return train(name, student, loss_of_rows, len(tokens), steps, **options)
 
 def dpo(student, teacher, chosen, rejected, steps=None, beta=0.1, **options):
@@ -742,37 +749,31 @@ def read_jsonl(path, chat, length, *fields):
     return with_answers(path, length, *[pack(column, length, chat) for column in zip(*rows)])
 
 @nn.attention.sdpa_kernel([nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH])
-def sample(model, prompt, n, n_new, batch_size=64, temperature=0.9, seconds=None, seed=0):
+def sample(model, prompt, n, length, batch_size=64, temperature=0.9, seconds=None):
     """n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens; no further
     batch begins after `seconds`. By transformers' generate, without cuDNN's attention, which plans
-    each length of a text anew, 40 ms a token. -> (n,len(prompt)+n_new)"""
+    each length of a text anew, 40 ms a token. -> (n,length)"""
     rows = []
     start = time.monotonic()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for i in tqdm(range(0, n, batch_size), "sampling", leave=False, disable=None):
         if i and seconds and (time.monotonic() - start) * (1 + batch_size / i) > seconds:
             break
         tokens = torch.tensor([prompt] * min(batch_size, n - i), device=model.device)   # (b,l)
         rows.append(model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=50, top_p=1.0,
-            temperature=temperature, repetition_penalty=1.0, max_new_tokens=n_new,
+            temperature=temperature, repetition_penalty=1.0, max_length=length,
             eos_token_id=model.config.vocab_size, pad_token_id=0).cpu())    # no id: none ends
     return torch.cat(rows)
 
 def read_model(name, device):
     """A model (bf16 on a GPU) and its tokenizer, of a directory or a hub name."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with reading(name, "a model and its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype,
-                                                            output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, dtype="bfloat16" if device == "cuda" else "float32")
         require(not found["missing_keys"], f"tensors are missing: {found['missing_keys']}")
     return model.eval().to(device), tokenizer
-
-def save(model, tokenizer, folder):
-    """An ordinary Hugging Face directory: weights, config, tokenizer, chat template, this file."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 def write_whole(path, write):
     """write(file): `path` is the old file or the new one, whenever the run is killed."""
@@ -791,32 +792,32 @@ def make_toy_teacher(folder):
     core.train_from_iterator([text], 512, 0, show_progress=False, special_tokens=marks)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+                               "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
     chat = Chat(tokenizer)
     words = [paragraph.split() for paragraph in text.split("\n\n")]
     rows = [chat.ids(turns_of(" ".join(w[:8]), " ".join(w[8:48]))) for w in words if len(w) > 19]
-    seen = [torch.tensor(ids) for t, ids in enumerate(rows) if t % 10]
-    stream = torch.cat(seen).unfold(0, 128, 128)                                        # (n,128)
+    seen = [torch.tensor(row) for t, row in enumerate(rows) if t % 10]
+    ids = torch.cat(seen).unfold(0, 128, 128)                                           # (n,128)
+    torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
-    train("teacher", teacher, lambda i: teacher(stream[i], labels=stream[i], use_cache=False).loss,
-          len(stream), steps=330, lr=2e-3)
-    save(teacher, tokenizer, folder)
+    train("teacher", teacher, lambda i: teacher(ids[i], labels=ids[i]).loss, len(ids), 330, lr=2e-3)
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return pack(rows[::10], 128, chat)
 
 # ---- 10. The command line: convert, align, choose layers, three stages; judge and save each. ---
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
 # best known: peak rate of each phase; its share of the time (0: left out), sampling's first
 SETTINGS = {
-    "cpu": dict(length=256, batch=4, scored=4, sampled=64, temperature=0.9, alpha=0.5,
+    "cpu": dict(length=256, batch=4, scored=4, sampled=16, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
-    "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
+    "cuda": dict(length=512, batch=64, scored=16, sampled=64, temperature=0.9, alpha=0.5,
                  rates=(0, 3e-3, 7e-4, 1.2e-4, 9e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
-    "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
+    "tiny": dict(length=128, batch=8, scored=16, sampled=64, temperature=0.6, alpha=0.1,
                  rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.2, 0.4, 0.15, 0.42, 0.03),
                  tokens=120e3, teacher="tiny_run/teacher", out="tiny_run")}
 
@@ -882,9 +883,8 @@ def prepare(args):
     path = args.tokens_file or os.path.join(args.out, "data.npz")
     if not args.tokens_file and not os.path.exists(path):
         n = 10 ** 5 if args.minutes else math.ceil(args.tokens / args.length)
-        tokens = sample(teacher, chat.user_start, n, args.length - len(chat.user_start),
-                        min(args.sampled, 64 * args.batch), args.temperature,
-                        54 * (args.minutes or 0) * args.shares[0])
+        tokens = sample(teacher, chat.user_start, n, args.length, args.sampled * args.batch,
+                        args.temperature, 54 * (args.minutes or 0) * args.shares[0])
         write_whole(path, partial(numpy.savez, tokens=tokens.numpy()))
     V = teacher.config.vocab_size
     with reading(path, f"npz with `tokens` (n,l), integers in 0..{V - 1}, two rows or more"):
@@ -971,15 +971,15 @@ def main(argv=None):
         print(f"{mixer}, perplexity ratio to the teacher:\n  {'':<10}{'own text':>9}{'people':>9}"
               f"{'KL, nats':>9}{'agreement':>10}{'time':>9}")
         student, tables[mixer] = run(teacher, data, args)
-        save(student, chat.tokenizer, args.out)
-        print("  attention in layers", student.config.attn_layers)
+        student.save_pretrained(args.out)           # an ordinary Hugging Face directory, and
+        chat.tokenizer.save_pretrained(args.out)    # this file
+        print(f"  {time.monotonic() - args.start:.0f} s, attention in {student.config.attn_layers}")
     report = dict(tables=tables, args=vars(args), torch=torch.__version__)
     if args.json:
         write_whole(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
     again = transformers.pipeline("text-generation", args.out, device=args.device)  # as saved
     said = again(turns_of("What is the capital of France?"), max_new_tokens=48, do_sample=False)
-    print(f"saved to {args.out} after {time.monotonic() - args.start:.0f} s; it says:",
-          said[0]["generated_text"][-1]["content"])
+    print(f"saved to {args.out}; it says:", said[0]["generated_text"][-1]["content"])
     return report
 
 def cli(run_main=main):

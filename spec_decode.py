@@ -187,9 +187,9 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
                ring_dt: torch.Tensor, ring_B: torch.Tensor, counts: torch.Tensor, ring: int,
                runs: int) -> torch.Tensor:
     """MultiStep by its fastest form: the one dispatch; for torch.compile, one opaque operation.
-    Mamba's kernel is the other file's: it stores the state after the committed tokens (ring 0).
-    Mamba2's cuts a small batch fine, so that all processors have work; a large one needs many loads
-    in flight. Four warps share the products of many tokens. Shapes: `multi_step_definition`"""
+    Mamba's kernel is the other file's: it stores the state after the committed tokens. Mamba2's
+    cuts a small batch fine, for many tokens into whole rows; a large one needs loads in flight.
+    Shapes: `multi_step_definition`"""
     mamba2 = A.shape[-1] == 1
     if not M.use_triton(state.dtype, state.device) or mamba2 and C.shape[-1] % 16:  # a tile's side
         return multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs)
@@ -197,16 +197,16 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
         return M.run_step_kernel(ring_x, ring_dt, A, ring_B, C, state, counts)
     b, T, H, N = C.shape
     slots, GX, P = ring_x.shape[1:]
-    BP = min(P & -P, 64 if b * H >= 1024 and N > 64 else 32)            # P & -P: the largest
-    BN = min(N & -N, 64 if N > 64 else 32)                              # power of 2 in P
+    few = b * H < 128 and T > 4
+    BP = min(P & -P, 16 if few else 64 if b * H >= 1024 and N > 64 else 32) # P & -P: the largest
+    BN = min(N & -N, 128 if few else 64 if N > 64 else 32)                  # power of 2 in P
     BR = max(16, triton.next_power_of_2(ring))
     BT = max(16, triton.next_power_of_2(T))
-    warps = 4 if b * H < 128 and T > 4 else 2
     y = ring_x.new_empty(b, T, H, P)
     with torch.cuda.device_of(C):
         mamba2_kernel[P // BP, H, b](
             C.contiguous(), A, y, state, ring_x, ring_dt, ring_B, counts, ring, slots, T, H, GX,
-            ring_B.shape[2], runs, P, N, BP, BN, BR, BT, num_warps=warps if P % 32 == 0 else 1)
+            ring_B.shape[2], runs, P, N, BP, BN, BR, BT, num_warps=2)
     return y
 
 @multi_step.register_fake
@@ -269,7 +269,7 @@ class MixerState:
         self.write(self.ring_dt, F.softplus(dt + dt_bias))
         y = multi_step(C, A, self.state, self.ring_x, self.ring_dt, self.ring_B, self.call.counts,
                        self.fold_at, runs)                                  # (b,T,H,P)
-        return (y + D * M.to_heads(x, C.shape[2], runs)) * F.silu(z)
+        return torch.addcmul(y, D, M.to_heads(x, C.shape[2], runs)) * F.silu(z)
 
 class AttentionState:
     """One attention layer's part of a `MixerCache`: K and V by position. Rows rewind by their
@@ -494,9 +494,8 @@ class Rows:
         """Emit the first n (b,) of tokens (b,K+1), cut after an end token and at the budget."""
         alive = self.alive.long()                                       # (b,) ended rows are idle
         rows = alive.sum()
-        self.tally += torch.stack([alive.amax(), rows, rows * (block.shape[1] - 1),
-                                   ((n - 1) * alive).sum()])
         t = torch.arange(block.shape[1], device=block.device)           # (K+1,)
+        self.tally += torch.stack([alive.max(), rows, rows * (len(t) - 1), ((n - 1) * alive).sum()])
         n = n.minimum(self.limit - self.length) * alive                 # (b,)
         is_end = (block[..., None] == self.ends).any(-1) & (t < n[:, None])     # (b,K+1)
         ended = is_end.any(-1)                                          # (b,)
@@ -942,11 +941,12 @@ def make_draft(args):
     draft = copy.deepcopy(read_draft(args.make_draft, target)).float()      # bf16 would round
     chat = M.Chat(tokenizer)
     how = M.SETTINGS[target.device.type]
-    tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"] - len(chat.user_start),
-                      how["sampled"], seconds=18 * args.minutes)               # (n,length)
+    tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"],
+                      how["sampled"] * how["batch"], seconds=18 * args.minutes)     # (n,length)
     losses = M.distil("draft", draft, target, tokens, chat.label(tokens),
                       seconds=36 * args.minutes, batch_size=how["batch"])
-    M.save(draft, tokenizer, args.out)
+    draft.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
     return losses
 
