@@ -944,7 +944,7 @@ def make_draft(args):
     tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"],
                       how["sampled"] * how["batch"], seconds=18 * args.minutes)     # (n,length)
     losses = M.distil("draft", draft, target, tokens, chat.label(tokens),
-                      seconds=36 * args.minutes, batch_size=how["batch"])
+                      seconds=36 * args.minutes, batch_size=how["batch"], lr=3e-3)
     draft.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")

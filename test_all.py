@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -897,6 +898,12 @@ def test_templates_that_tell_no_answer_are_refused():
 
 # ---- 10. The command line as a user types it; kill and resume. --------------------------------
 
+@pytest.fixture(autouse=True)
+def commands_run_on_the_cpu(request, monkeypatch):
+    """A GPU, if there is one, has settings of its own: other lengths, no stage 1."""
+    if {"world", "home"} & {*request.fixturenames}:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """`mamba_in_llama.py --tiny`, once. -> tiny_run; report.json and stdout.txt stand beside it"""
@@ -994,6 +1001,7 @@ def uninterrupted(world, tmp_path_factory):
     """What runs that are killed and resumed must equal. -> rows, weights, steps, its directory"""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         seen = steps_and_judgements(patch)
         rows = untimed(M.main(command(world, out)))
     return rows, load_file(out / "model.safetensors"), len(seen), out
@@ -2227,7 +2235,10 @@ class World:
         words = [paragraph.split() for paragraph in text.split("\n\n")]
         pairs = [(" ".join(w[:8]), " ".join(w[8:48])) for w in words if len(w) > 19]
         seen = [pair for i, pair in enumerate(pairs) if i % 10]
-        self.chat = M.Chat(toy_tokenizer(text))
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(M, "train", lambda *args, **options: None)    # --tiny's tokenizer will do
+            M.make_toy_teacher(folder)
+            self.chat = M.Chat(AutoTokenizer.from_pretrained(folder))
         ids = [self.chat.ids(M.turns_of(*pair)) for pair in seen]
         # 2. the teacher, what it writes, and what it answers where people answered
         stream = torch.tensor(sum(ids, []))
@@ -2267,19 +2278,6 @@ class World:
         """-> `evaluate` on the first rows of that name"""
         tokens, labels = [v[:self.size["heldout"]] for v in self.rows[name]]
         return M.evaluate(student, self.teacher, tokens, labels=labels)
-
-def toy_tokenizer(text):
-    """Bytes and pairs, 512 words, and a chat template."""
-    from tokenizers import ByteLevelBPETokenizer
-    core = ByteLevelBPETokenizer()
-    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
-    core.train_from_iterator([text], 512, 0, show_progress=False, special_tokens=marks)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    return tokenizer
 
 @functools.cache
 def student_of(world, run, seed):
