@@ -816,7 +816,7 @@ SETTINGS = {
     "cpu": dict(length=256, batch=4, scored=4, sampled=16, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
     "cuda": dict(length=512, batch=64, scored=16, sampled=64, temperature=0.9, alpha=0.5,
-                 rates=(0, 3e-3, 7e-4, 1.2e-4, 9e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
+                 rates=(0, 3e-3, 7e-4, 1.2e-4, 2e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
     "tiny": dict(length=128, batch=8, scored=16, sampled=64, temperature=0.6, alpha=0.1,
                  rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.2, 0.4, 0.15, 0.42, 0.03),
                  tokens=120e3, teacher="tiny_run/teacher", out="tiny_run")}
