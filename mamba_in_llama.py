@@ -388,7 +388,7 @@ class HybridForCausalLM(LlamaForCausalLM):
     config_class = HybridConfig
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _is_stateful = True                # transformers then refuses to "rewind" us by cropping
-    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"]
+    _no_split_modules = []             # the trunk adds its own: FSDP wants them all to be there
 
     def __init__(self, config):
         super(LlamaForCausalLM, self).__init__(config)

@@ -430,6 +430,8 @@ def test_conversion_copies_exactly_the_right_rows(mixer, recipe, kind, kv, d_sta
         torch.manual_seed(7)
         students.append(M.convert_to_hybrid(teacher, [1], mixer, recipe, d_state))
         assert same(before, parameters_of(teacher)), "the teacher changed"
+    kinds = {type(module).__name__ for module in students[0].modules()}
+    assert kinds > set(students[0]._no_split_modules) > set(), "FSDP wants to find them all"
     a, b = (s.model.layers[0].self_attn for s in students)
     attention = teachers[0].model.layers[0].self_attn
     if recipe == "random":
