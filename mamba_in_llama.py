@@ -420,8 +420,8 @@ class HybridForCausalLM(LlamaForCausalLM):
         b, l = tokens.shape[:2]
         mask = None
         if attention_mask is not None:
-            past = 0 if cache is None else cache.get_seq_length()
-            require(attention_mask.shape == (b, past + l), f"attention_mask is not {(b, past + l)}")
+            shape = (b, l + (0 if cache is None else cache.get_seq_length()))   # static: a dict
+            require(getattr(attention_mask, "shape", 0) == shape, f"attention_mask is not {shape}")
             mask = attention_mask[:, -l:].bool()                                        # (b,l)
         if position_ids is None and mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -l:]
