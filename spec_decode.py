@@ -188,8 +188,7 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
                runs: int) -> torch.Tensor:
     """MultiStep by its fastest form: the one dispatch; for torch.compile, one opaque operation.
     Mamba's kernel is the other file's: it stores the state after the committed tokens. Mamba2's
-    cuts a small batch fine, for many tokens into whole rows; a large one needs loads in flight.
-    Shapes: `multi_step_definition`"""
+    cuts a small batch fine, for many tokens into whole rows. Shapes: `multi_step_definition`"""
     mamba2 = A.shape[-1] == 1
     if not M.use_triton(state.dtype, state.device) or mamba2 and C.shape[-1] % 16:  # a tile's side
         return multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs)
@@ -976,8 +975,9 @@ def parse_args(argv):
     require(args.minutes > 0, f"--minutes {args.minutes} must be above 0")
     task = args.prompt or args.make_draft
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
-    idle = ["draft", "prompt", "raw"] if args.make_draft else ["out", "minutes"]
-    for name in idle + ["target", "draft", "make_draft"] * args.tiny:
+    used = {"make_draft", "target", "out", "minutes", "json", "tiny"}
+    idle = vars(args).keys() - used if args.make_draft else {"out", "minutes"}
+    for name in [*sorted(idle), *["target", "draft", "make_draft"] * args.tiny]:
         require(getattr(args, name) == parser.get_default(name), f"--{name} does nothing here")
     require(not os.path.isdir(args.json or ""), f"--json {args.json} is a directory")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
