@@ -21,9 +21,7 @@ Glossary, with the paper's letters:
     W, c         taps, channels of the convolution (in a scan c: chunks);  h, state  (b,H,P,N)
 
 Contents:  1 configuration   2 the scan   3 the step kernel   4 the mixer   5 the hybrid model
-           6 losses (Eq. 2, Eq. 4)   7 evaluation   8 training   9 data   10 command line
-
-    python mamba_in_llama.py --tiny                  # the whole story, about a minute on a laptop
+           6 losses (Eq. 2, Eq. 4)   7 evaluation   8 training   9 data   10 command line (--tiny)
 """
 
 import argparse
@@ -150,7 +148,7 @@ def recurrence_doubling(x, delta, A, B, C, state):
     decay = torch.exp(delta[..., None] * A)                             # (b,l,H,P,N)
     h = (delta * x)[..., None] * B[..., None, :]                        # (b,l,H,P,N)
     reach = 1
-    while reach < x.shape[1]:
+    while reach < x.shape[1]:               # token t takes in t - reach; the first ones are done
         h = torch.cat((h[:, :reach], decay[:, reach:] * h[:, :-reach] + h[:, reach:]), 1)
         decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), 1)
         reach *= 2
@@ -353,8 +351,8 @@ class Mixer(nn.Module):
         if self.per_channel:                        # Mamba convolves x alone, heads repeated
             x = to_heads(x.unflatten(-1, (-1, self.N)), self.H, self.runs).flatten(-2)
             x = self.convolve(x, cache)                                 # (b,l,d_inner)
-        BC = BC.unflatten(-1, (-1, self.head_dim))                      # attention's: K's, Q's
-        if self.config.rope:                        # all at once; the second argument is empty
+        BC = BC.unflatten(-1, (-1, self.head_dim))                      # (b,l,heads of K and Q,d)
+        if self.config.rope:                        # one call for both; its second argument: none
             BC, _ = apply_rotary_pos_emb(BC, BC[:, :, :0], *position_embeddings, unsqueeze_dim=2)
         x = x.unflatten(-1, (-1, self.N))                               # (b,l,Gx,P)
         BC = BC.flatten(-2).unflatten(-1, (-1, self.N))                 # (b,l,G+H,N)
@@ -388,7 +386,7 @@ class HybridForCausalLM(LlamaForCausalLM):
     config_class = HybridConfig
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _is_stateful = True                # transformers then refuses to "rewind" us by cropping
-    _no_split_modules = []             # the trunk adds its own: FSDP wants them all to be there
+    _no_split_modules = []             # the trunk adds its own; FSDP stops at a name not in it
 
     def __init__(self, config):
         super(LlamaForCausalLM, self).__init__(config)
@@ -420,8 +418,8 @@ class HybridForCausalLM(LlamaForCausalLM):
         b, l = tokens.shape[:2]
         mask = None
         if attention_mask is not None:
-            shape = (b, l + (0 if cache is None else cache.get_seq_length()))   # static: a dict
-            require(getattr(attention_mask, "shape", 0) == shape, f"attention_mask is not {shape}")
+            want = (b, l + (0 if cache is None else cache.get_seq_length()))    # static: a dict
+            require(getattr(attention_mask, "shape", 0) == want, f"attention_mask must be {want}")
             mask = attention_mask[:, -l:].bool()                                        # (b,l)
         if position_ids is None and mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -l:]
@@ -433,8 +431,8 @@ class HybridForCausalLM(LlamaForCausalLM):
         out = super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids,
                               inputs_embeds=inputs_embeds, labels=labels, token_mask=mask,
                               use_cache=cache is not None, **{CACHE: cache}, **kwargs)
-        if cache is not None and not self.config.attn_layers:       # a pure Mamba's cache counts
-            cache.update(*tokens.new_zeros(2, b, 1, l, 1), 0)       # tokens by columns of K, V
+        if cache is not None and not self.config.attn_layers:       # it counts tokens by columns
+            cache.update(*tokens.new_zeros(2, b, 1, l, 1), 0)       # of K and V, which get l more
         return out
 
 AutoConfig.register("mamba_in_llama", HybridConfig, exist_ok=True)
@@ -457,7 +455,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
             f"teacher: model type {theirs.model_type!r} is none of {', '.join(FAMILIES)}")
     L = len(teacher.model.layers)
     keep = list(range(1, L, 2)) if attn_layers is None else sorted(int(i) for i in attn_layers)
-    require(keep == sorted({*keep} & {*range(L)}), f"attn_layers {keep} must differ, in 0..{L - 1}")
+    require(keep == sorted({*keep} & {*range(L)}), f"attn_layers {keep}: want distinct, 0..{L - 1}")
     heads, groups = theirs.num_attention_heads, theirs.num_key_value_heads
     require(heads % groups == 0, f"{heads} query heads are no multiple of {groups} key/value heads")
     head_dim = teacher.model.layers[0].self_attn.head_dim
@@ -646,7 +644,7 @@ def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1
     """Stages 1 and 2: Eq. 2, more KL than CE. options: `train`. tokens, labels (n,l) -> losses"""
     def loss_of_rows(rows):
         """Eq. 2 of a batch ()"""
-        batch = tokens[rows].to(student.device)                                         # (b,l)
+        batch = tokens[rows].to(student.device, torch.long)                             # (b,l)
         with torch.no_grad():
             theirs = teacher.model(batch, use_cache=False).last_hidden_state            # (b,l,D)
         ours = student.model(batch, use_cache=False).last_hidden_state                  # (b,l,D)
@@ -750,9 +748,9 @@ def read_jsonl(path, chat, length, *fields):
 
 @nn.attention.sdpa_kernel([nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH])
 def sample(model, prompt, n, length, batch_size=64, temperature=0.9, seconds=None):
-    """n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens; no further
+    """At most n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens; no
     batch begins after `seconds`. By transformers' generate, without cuDNN's attention, which plans
-    each length of a text anew, 40 ms a token. -> (n,length)"""
+    each length of a text anew, 40 ms a token. -> (rows,length)"""
     rows = []
     start = time.monotonic()
     torch.manual_seed(0)
@@ -762,7 +760,7 @@ def sample(model, prompt, n, length, batch_size=64, temperature=0.9, seconds=Non
         tokens = torch.tensor([prompt] * min(batch_size, n - i), device=model.device)   # (b,l)
         rows.append(model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=50, top_p=1.0,
-            temperature=temperature, repetition_penalty=1.0, max_length=length,
+            temperature=temperature, repetition_penalty=1.0, max_new_tokens=length - len(prompt),
             eos_token_id=model.config.vocab_size, pad_token_id=0).cpu())    # no id: none ends
     return torch.cat(rows)
 
@@ -813,11 +811,11 @@ def make_toy_teacher(folder):
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
 # best known: peak rate of each phase; its share of the time (0: left out), sampling's first
 SETTINGS = {
-    "cpu": dict(length=256, batch=4, scored=4, sampled=16, temperature=0.9, alpha=0.5,
+    "cpu": dict(length=256, batch=4, scored=4, sampled=64, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
-    "cuda": dict(length=512, batch=64, scored=16, sampled=64, temperature=0.9, alpha=0.5,
+    "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
                  rates=(0, 3e-3, 7e-4, 1.2e-4, 2e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
-    "tiny": dict(length=128, batch=8, scored=16, sampled=64, temperature=0.6, alpha=0.1,
+    "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
                  rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.2, 0.4, 0.15, 0.42, 0.03),
                  tokens=120e3, teacher="tiny_run/teacher", out="tiny_run")}
 
@@ -859,7 +857,8 @@ def parse_args(argv=None):
     with reading(f"--out {args.out}, --json {args.json}", "an empty --out, or --resume"):
         os.makedirs(os.path.dirname(os.path.abspath(args.json or args.out)), exist_ok=True)
         os.makedirs(args.out, exist_ok=True)
-        require(args.resume or not os.listdir(args.out), "it holds files")
+        ours = [f for f in os.listdir(args.out) if f.startswith(("data.npz", "progress.pt"))]
+        require(args.resume and ours or not os.listdir(args.out), "it holds files")
     return args
 
 def convert(teacher, keep, args):
@@ -883,8 +882,9 @@ def prepare(args):
     path = args.tokens_file or os.path.join(args.out, "data.npz")
     if not args.tokens_file and not os.path.exists(path):
         n = 10 ** 5 if args.minutes else math.ceil(args.tokens / args.length)
-        tokens = sample(teacher, chat.user_start, n, args.length, args.sampled * args.batch,
-                        args.temperature, 54 * (args.minutes or 0) * args.shares[0])
+        tokens = sample(
+            teacher, chat.user_start, n, args.length, min(args.sampled, 64 * args.batch),
+            args.temperature, 54 * (args.minutes or 0) * args.shares[0])
         write_whole(path, partial(numpy.savez, tokens=tokens.numpy()))
     V = teacher.config.vocab_size
     with reading(path, f"npz with `tokens` (n,l), integers in 0..{V - 1}, two rows or more"):
@@ -942,7 +942,7 @@ def run(teacher, data, args):
             continue
         start = time.monotonic()
         losses = run_phase(phase, student, teacher, data, args) if phase else []
-        if phase == 1 and choose:
+        if phase == 1 and choose and not student.config.attn_layers:
             aligned = student.state_dict()
             few = [v[:args.scored].to(args.device) for v in data.train]
             student = convert(teacher, choose_layers(student, teacher, n, *few), args)
@@ -971,8 +971,8 @@ def main(argv=None):
         print(f"{mixer}, perplexity ratio to the teacher:\n  {'':<10}{'own text':>9}{'people':>9}"
               f"{'KL, nats':>9}{'agreement':>10}{'time':>9}")
         student, tables[mixer] = run(teacher, data, args)
-        student.save_pretrained(args.out)           # an ordinary Hugging Face directory, and
-        chat.tokenizer.save_pretrained(args.out)    # this file
+        student.save_pretrained(args.out)           # weights, config and this file
+        chat.tokenizer.save_pretrained(args.out)    # and the chat template
         print(f"  {time.monotonic() - args.start:.0f} s, attention in {student.config.attn_layers}")
     report = dict(tables=tables, args=vars(args), torch=torch.__version__)
     if args.json:

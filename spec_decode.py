@@ -21,10 +21,7 @@ Glossary, with the paper's letters (those of the mixers: mamba_in_llama.py):
 
 Contents:  1 MultiStep   2 the cache that rolls back, prefill, decode   3 sampling, rows of a batch
            4 the copy that decodes, CUDA graphs   5 drafts   6 Algorithm 2, plain decoding
-           7 the authors' checkpoints   8 command line.   Timing and pictures: test_all.py
-
-    python spec_decode.py --tiny
-    python spec_decode.py --target DIR --draft ngram:3 --prompt "Once upon a time"
+           7 the authors' checkpoints   8 command line (--tiny).   Timing, pictures: test_all.py
 """
 
 import argparse
@@ -188,7 +185,7 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
                runs: int) -> torch.Tensor:
     """MultiStep by its fastest form: the one dispatch; for torch.compile, one opaque operation.
     Mamba's kernel is the other file's: it stores the state after the committed tokens. Mamba2's
-    cuts a small batch fine, for many tokens into whole rows. Shapes: `multi_step_definition`"""
+    takes 16 whole rows a tile for T > 4 of a small batch. Shapes: `multi_step_definition`"""
     mamba2 = A.shape[-1] == 1
     if not M.use_triton(state.dtype, state.device) or mamba2 and C.shape[-1] % 16:  # a tile's side
         return multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs)
@@ -196,9 +193,9 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
         return M.run_step_kernel(ring_x, ring_dt, A, ring_B, C, state, counts)
     b, T, H, N = C.shape
     slots, GX, P = ring_x.shape[1:]
-    few = b * H < 128 and T > 4
-    BP = min(P & -P, 16 if few else 64 if b * H >= 1024 and N > 64 else 32) # P & -P: the largest
-    BN = min(N & -N, 128 if few else 64 if N > 64 else 32)                  # power of 2 in P
+    small = b * H < 128 and T > 4
+    BP = min(P & -P, 16 if small else 64 if b * H >= 1024 and N > 64 else 32) # P & -P: the largest
+    BN = min(N & -N, 128 if small else 64 if N > 64 else 32)                  # power of 2 in P
     BR = max(16, triton.next_power_of_2(ring))
     BT = max(16, triton.next_power_of_2(T))
     y = ring_x.new_empty(b, T, H, P)
@@ -941,9 +938,10 @@ def make_draft(args):
     chat = M.Chat(tokenizer)
     how = M.SETTINGS[target.device.type]
     tokens = M.sample(target, chat.user_start, 10 ** 5, how["length"],
-                      how["sampled"] * how["batch"], seconds=18 * args.minutes)     # (n,length)
-    losses = M.distil("draft", draft, target, tokens, chat.label(tokens),
-                      seconds=36 * args.minutes, batch_size=how["batch"], lr=3e-3)
+                      how["sampled"], seconds=18 * args.minutes)                # (n,length)
+    rows, = M.with_answers(args.target, how["length"], (tokens, chat.label(tokens)))
+    losses = M.distil("draft", draft, target, *rows, seconds=36 * args.minutes,
+                      batch_size=how["batch"], lr=3e-3)
     draft.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
@@ -977,8 +975,10 @@ def parse_args(argv):
     require(args.tiny or args.target and task, "give --tiny, or --target and --prompt")
     used = {"make_draft", "target", "out", "minutes", "json", "tiny"}
     idle = vars(args).keys() - used if args.make_draft else {"out", "minutes"}
-    for name in [*sorted(idle), *["target", "draft", "make_draft"] * args.tiny]:
-        require(getattr(args, name) == parser.get_default(name), f"--{name} does nothing here")
+    fixed = ["target", "draft", "make_draft"] if args.tiny else []
+    for name in [*sorted(idle), *fixed]:
+        flag = name.replace("_", "-")
+        require(getattr(args, name) == parser.get_default(name), f"--{flag} does nothing here")
     require(not os.path.isdir(args.json or ""), f"--json {args.json} is a directory")
     require(not args.make_draft or args.out and args.make_draft[:7] == "layers:",
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
