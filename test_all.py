@@ -820,7 +820,7 @@ def test_forward_takes_and_gives_what_transformers_decoders_do():
 def test_what_cannot_be_honoured_is_refused():
     """Packed rows, 4-D masks, masks of another length and assisted generation: never ignored."""
     student, tokens, ones = make_student([1], layers=2), draw(1, 6), torch.ones(1, 6).long()
-    refuses("attention_mask", student.generate, tokens, cache_implementation="static")
+    refuses("attention_mask", student.generate, tokens, cache_implementation="static", max_length=9)
     refuses("packed", student, tokens, position_ids=torch.arange(6)[None] % 3)
     refuses("packed", student, tokens, position_ids=torch.arange(6)[None] % 3, attention_mask=ones)
     refuses("attention_mask", student, tokens, attention_mask=torch.ones(1, 1, 6, 6))
