@@ -811,8 +811,8 @@ def make_toy_teacher(folder):
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
 # best known: peak rate of each phase; its share of the time (0: left out), sampling's first
 SETTINGS = {
-    "cpu": dict(length=256, batch=4, scored=4, sampled=64, temperature=0.9, alpha=0.5,
-                rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.35, 0.12, 0.3, 0.03)),
+    "cpu": dict(length=256, batch=4, scored=2, sampled=64, temperature=0.9, alpha=0.5,
+                rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.5, 0.05, 0.25, 0.03)),
     "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
                  rates=(0, 3e-3, 7e-4, 1.2e-4, 2e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
     "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
@@ -892,7 +892,7 @@ def prepare(args):
         require(0 <= tokens.min() <= tokens.max() < V, f"found {tokens.min()}..{tokens.max()}")
         (tokens, labels), = with_answers(path, args.length, (tokens, chat.label(tokens)))
         require(len(tokens) > 1, "want one to learn from and one to judge")
-    n = min(4 * args.scored, len(tokens) // 8 + 1)      # rows that nothing is trained on
+    n = min(max(16, 4 * args.scored), len(tokens) // 8 + 1)     # rows that nothing is trained on
     judges = [("", (tokens[:n], labels[:n])), ("human_", human)][:1 + args.tiny]
     tokens, labels = tokens[n:], labels[n:]
     other = tokens.where(labels == -100, tokens.roll(1, 0))     # (n,l): the row before answers
