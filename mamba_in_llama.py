@@ -318,8 +318,8 @@ class Mixer(nn.Module):
         C.copy_(attention.q_proj.weight)                                # (d_inner,D)
         self.out_proj.weight.copy_(attention.o_proj.weight)             # (D,d_inner)
         _, x, B, C, _ = self.in_proj.bias.split(self.rows)
-        v, k, q, o = attention.v_proj, attention.k_proj, attention.q_proj, attention.o_proj
-        for new, old in (x, v.bias), (B, k.bias), (C, q.bias), (self.out_proj.bias, o.bias):
+        for letter, new in {"v": x, "k": B, "q": C, "o": self.out_proj.bias}.items():
+            old = attention.get_submodule(letter + "_proj").bias
             if old is not None:
                 new.copy_(old)
 

@@ -194,8 +194,8 @@ def multi_step(C: torch.Tensor, A: torch.Tensor, state: torch.Tensor, ring_x: to
     b, T, H, N = C.shape
     slots, GX, P = ring_x.shape[1:]
     small = b * H < 128 and T > 4
-    BP = min(P & -P, 16 if small else 64 if b * H >= 1024 and N > 64 else 32) # P & -P: the largest
-    BN = min(N & -N, 128 if small else 64 if N > 64 else 32)                  # power of 2 in P
+    BP = min(P & -P, 16 if small else 64 if b * H >= 1024 and N > 64 else 32)  # P & -P: the highest
+    BN = min(N & -N, 128 if small else 64 if N > 64 else 32)                   # power of 2 in P
     BR = max(16, triton.next_power_of_2(ring))
     BT = max(16, triton.next_power_of_2(T))
     y = ring_x.new_empty(b, T, H, P)
