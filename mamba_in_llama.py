@@ -499,18 +499,16 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
 
 def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
                               alpha=1.0, beta=0.1):
-    """The same from hidden states (b,l,D) and heads (V,D), for training: only a few rows at a time
-    have logits, which are made again in the backward pass. labels (b,l) -> loss ()"""
+    """The same from hidden states (b,l,D) and heads (V,D), for training: a few rows at a time
+    become probabilities in fp32. Nothing flows to the teacher. labels (b,l) -> loss ()"""
     on_gpu = student_hidden.is_cuda
     loss_of_logits = torch.compile(distillation_loss) if on_gpu and triton else distillation_loss
     rows = max(1, (4096 if on_gpu else 1024) // labels.shape[1])
-    def sum_of_rows(s, t, y):
-        """s, t (rows,l,D)  y (rows,l) -> the loss, summed over labelled tokens ()"""
-        loss, parts = loss_of_logits(s @ student_head.T, t @ teacher_head.T, y, alpha, beta)
-        return loss * parts["tokens"]
     total = 0
-    for part in zip(student_hidden.split(rows), teacher_hidden.split(rows), labels.split(rows)):
-        total = total + checkpoint(sum_of_rows, *part, use_reentrant=False)
+    for s, t, y in zip(student_hidden.split(rows), teacher_hidden.split(rows), labels.split(rows)):
+        logits = F.linear(s, student_head), F.linear(t, teacher_head.detach())          # (rows,l,V)
+        loss, parts = loss_of_logits(*logits, y, alpha, beta)
+        total = total + loss * parts["tokens"]
     return total / (labels[:, 1:] != -100).sum().clamp(min=1)
 
 def sequence_logps(logits, labels):
@@ -577,12 +575,17 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
     return sorted(keep)
 
 # ---- 8. Training: one loop for alignment and the three stages. --------------------------------
-def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, lr=1e-3, only=None):
+def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, lr=1e-3, only=None,
+          worth_compiling=()):
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1; ends
     after `steps` or `seconds`. loss_of_rows(indices (batch_size,) below n) -> loss (). only:
-    the modules that train, all if None. ValueError if a loss is not finite. -> losses"""
+    the modules that train, all if None. ValueError if a loss is not finite. -> losses
+    worth_compiling: what a GPU compiles, half a minute, if it has over a minute; else: `only`"""
     if only is not None and not only:
         return []
+    if model.device.type == "cuda" and triton and (seconds or 0) > 60:
+        for module in worth_compiling or only or ():
+            module.compile(dynamic=False)
     model.requires_grad_(only is None)              # what is frozen takes no gradients, no memory
     for module in only or ():
         module.requires_grad_(True)
@@ -650,8 +653,10 @@ def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1
         ours = student.model(batch, use_cache=False).last_hidden_state                  # (b,l,D)
         heads = student.lm_head.weight, teacher.lm_head.weight                          # (V,D)
         return chunked_distillation_loss(ours, theirs, *heads, labels[rows].to(batch), alpha, beta)
-    return train(name, student, loss_of_rows, len(tokens), steps, **options)
+    layers = [*student.model.layers, *teacher.model.layers]
+    return train(name, student, loss_of_rows, len(tokens), steps, worth_compiling=layers, **options)
 
+@torch.compiler.set_stance("force_eager")           # too short to compile for its few rows
 def dpo(student, teacher, chosen, rejected, steps=None, beta=0.1, **options):
     """Stage 3: Eq. 4. chosen, rejected: (tokens, labels), each (n,l). options: `train` -> losses"""
     def loss_of_rows(rows):
@@ -814,7 +819,7 @@ SETTINGS = {
     "cpu": dict(length=256, batch=4, scored=2, sampled=64, temperature=0.9, alpha=0.5,
                 rates=(0, 2e-3, 5e-4, 6e-5, 6e-6), shares=(0.2, 0.5, 0.05, 0.25, 0.03)),
     "cuda": dict(length=512, batch=64, scored=16, sampled=4096, temperature=0.9, alpha=0.5,
-                 rates=(0, 3e-3, 7e-4, 1.2e-4, 2e-6), shares=(0.35, 0.2, 0.0, 0.43, 0.02)),
+                 rates=(0, 3e-3, 7e-4, 1.2e-4, 2e-6), shares=(0.35, 0.3, 0.0, 0.33, 0.02)),
     "tiny": dict(length=128, batch=8, scored=16, sampled=512, temperature=0.6, alpha=0.1,
                  rates=(0, 1e-2, 2.5e-3, 5e-4, 1e-4), shares=(0.2, 0.4, 0.15, 0.42, 0.03),
                  tokens=120e3, teacher="tiny_run/teacher", out="tiny_run")}
@@ -909,16 +914,11 @@ def run_phase(phase, student, teacher, data, args):
     else:
         share = args.shares[phase] / sum(args.shares[1:])
         how["steps"] = max(1, round(args.tokens * share / args.batch / args.length))
-    new = student.mixers().values()
-    if args.device == "cuda" and triton and how.get("seconds", 0) > 60:
-        for module in new if phase == 1 else [*student.model.layers, *teacher.model.layers]:
-            module.compile(dynamic=False)
     if phase == 1:
         return align_mixers(student, teacher, data.train[0], **how)
-    if phase == 2:
-        return distil("stage 1", student, teacher, *data.train, only=new, alpha=args.alpha, **how)
-    if phase == 3:
-        return distil("stage 2", student, teacher, *data.sft, alpha=args.alpha, **how)
+    if phase < 4:           # stage 1 trains the new mixers only
+        rows, only = (data.train, student.mixers().values()) if phase == 2 else (data.sft, None)
+        return distil(PHASES[phase], student, teacher, *rows, only=only, alpha=args.alpha, **how)
     how["batch_size"] = max(1, args.batch // 8)
     return dpo(student, teacher, *data.pairs, **how)
 

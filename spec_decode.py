@@ -48,8 +48,7 @@ import mamba_in_llama as M
 from mamba_in_llama import require, tl, triton
 
 # ---- 1. MultiStep: replay what was accepted, go on for T tokens, all in one call. -----------
-# States are too big to keep one per token, so one stays behind; committed tokens enter it when the
-# ring is full (the flush), rejected ones never.
+# Committed tokens enter the one state that is kept when the ring is full (the flush); others never.
 
 def multi_step_definition(C, A, state, ring_x, ring_dt, ring_B, counts, ring, runs):
     """The paper's MultiStep, by definition: T new tokens a row, from a state that lags behind.
@@ -752,15 +751,16 @@ def one_round(model, cache, draft, rows, sampling, simulate=None, on_round=None)
 
 @torch.no_grad()
 def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, temperature=0.0,
-                       top_k=0, top_p=1.0, eos_token_id=None, generator=None, ring=16,
+                       top_k=0, top_p=1.0, eos_token_id=None, generator=None, ring=None,
                        simulate=None, on_round=None, compiled=False):
     """Algorithm 2, SPECULATE: draft K tokens, VERIFY them, until every row has ended, each in
     its time. On CUDA a round is one captured graph.
     target, draft: hybrids or plain decoders; draft: or a `Draft`. input_ids: (b,l), or b tensors of
-    different lengths. eos_token_id: None, an id or several. ring: most tokens between commits.
+    different lengths. eos_token_id: None, an id or several. ring: most tokens between flushes.
     simulate: see `accept`. on_round: called with (rows, drafted, n_accepted, token) before tokens
     are emitted. compiled: see `start_decoding`. ValueError if something is wrong -> DecodeResult"""
     require(type(draft) is Draft or lookahead >= 1, f"lookahead {lookahead} must be at least 1")
+    ring = ring or (16 if lookahead < 8 else 32)    # room for two rounds: not each one flushes
     require(lookahead + 1 <= ring, f"lookahead {lookahead} + 1 exceeds the ring of {ring}")
     check_family(target, "target")
     sampling = Sampling(temperature, top_k, top_p, generator)
@@ -941,7 +941,7 @@ def make_draft(args):
                       how["sampled"], seconds=18 * args.minutes)                # (n,length)
     rows, = M.with_answers(args.target, how["length"], (tokens, chat.label(tokens)))
     losses = M.distil("draft", draft, target, *rows, seconds=36 * args.minutes,
-                      batch_size=how["batch"], lr=3e-3)
+                      batch_size=how["batch"], lr=3e-3, alpha=0)     # KL alone: more stand
     draft.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.out}")
@@ -984,7 +984,7 @@ def parse_args(argv):
             f"--make-draft {args.make_draft}: want layers:I,J, and --out")
     with M.reading(f"--json {args.json}", "a path that can be written"):
         os.makedirs(os.path.dirname(os.path.abspath(args.json or "x")), exist_ok=True)
-    require(1 <= args.lookahead <= 15, f"--lookahead {args.lookahead}: 1..15, a ring of 16 less 1")
+    require(1 <= args.lookahead <= 31, f"--lookahead {args.lookahead}: 1..31, a ring of 32 less 1")
     require(not args.compile or torch.cuda.is_available(), "--compile wants a CUDA device")
     return args
 
