@@ -45,9 +45,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 try:
@@ -72,7 +71,7 @@ def require(condition, message):
     if not condition:
         raise ValueError(message)
 
-class HybridConfig(PreTrainedConfig):
+class HybridConfig(transformers.PreTrainedConfig):
     """The teacher's configuration (as extra fields) and what the conversion changed."""
     model_type = "mamba_in_llama"
     keys_to_ignore_at_inference = [CACHE]
@@ -144,15 +143,16 @@ def mamba2_scan(x, delta, A, B, C, state, chunk=64):
 
 def recurrence_doubling(x, delta, A, B, C, state):
     """`recurrence` in log2(l) steps of all tokens at once (the scan of Hillis and Steele): work for
-    a GPU. decay, h: what a token and the reach - 1 before it do to a state. Shapes: `recurrence`"""
-    decay = torch.exp(delta[..., None] * A)                             # (b,l,H,P,N)
+    a GPU. h_t is the state after token t if only the `reach` tokens up to t were written; cum sums
+    Delta, so that exp(A (cum_t - cum_s)) is the decay between them. Shapes: `recurrence`"""
+    cum = delta.cumsum(1)                                               # (b,l,H,P)
     h = (delta * x)[..., None] * B[..., None, :]                        # (b,l,H,P,N)
     reach = 1
     while reach < x.shape[1]:               # token t takes in t - reach; the first ones are done
-        h = torch.cat((h[:, :reach], decay[:, reach:] * h[:, :-reach] + h[:, reach:]), 1)
-        decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), 1)
+        decay = torch.exp((cum[:, reach:] - cum[:, :-reach])[..., None] * A)
+        h = torch.cat((h[:, :reach], decay * h[:, :-reach] + h[:, reach:]), 1)
         reach *= 2
-    h = decay * state[:, None] + h
+    h = torch.exp(cum[..., None] * A) * state[:, None] + h
     return (h * C[..., None, :]).sum(-1), h[:, -1]
 
 @torch.compiler.disable                             # which would unroll the loop over chunks
@@ -413,7 +413,7 @@ class HybridForCausalLM(LlamaForCausalLM):
         cache = past_key_values if cache is None else cache         # before and since 5.24
         use_cache = not torch.is_grad_enabled() if use_cache is None else use_cache
         if cache is None and use_cache:
-            cache = DynamicCache(config=self.config)
+            cache = transformers.DynamicCache(config=self.config)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         b, l = tokens.shape[:2]
         mask = None
@@ -803,7 +803,7 @@ def make_toy_teacher(folder):
     seen = [torch.tensor(row) for t, row in enumerate(rows) if t % 10]
     ids = torch.cat(seen).unfold(0, 128, 128)                                           # (n,128)
     torch.manual_seed(0)
-    teacher = LlamaForCausalLM(LlamaConfig(
+    teacher = LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
