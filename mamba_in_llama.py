@@ -580,7 +580,7 @@ def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, 
     """AdamW (0.9, 0.98), a tenth of linear warm-up, cosine to 0, gradients clipped to norm 1; ends
     after `steps` or `seconds`. loss_of_rows(indices (batch_size,) below n) -> loss (). only:
     the modules that train, all if None. ValueError if a loss is not finite. -> losses
-    worth_compiling: what a GPU compiles, half a minute, if it has over a minute; else: `only`"""
+    worth_compiling (if empty, `only`): compiled first on a GPU that has more than a minute"""
     if only is not None and not only:
         return []
     if model.device.type == "cuda" and triton and (seconds or 0) > 60:
