@@ -983,12 +983,12 @@ def main(argv=None):
     return report
 
 def cli(run_main=main):
-    """Run a command line; a user's mistake ends in one line and exit code 2."""
+    """Run a command line; a user's mistake or a full GPU ends in one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")        # a console that cannot print a character
     transformers.utils.logging.disable_progress_bar()
     try:
         run_main()
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

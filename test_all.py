@@ -289,7 +289,6 @@ def schedule(mixer, run, dtype, seed, ring=16, b=3, rounds=8, runs=1, H=4, G=2, 
     stands = torch.zeros(b, H, P, N, dtype=torch.float64)
     pending = [[] for _ in range(b)]                # (x, delta, B, C) of each row's tokens
     errors, sizes = [], []                          # of outputs
-
     def reference(r, tokens):
         """Row r from what stands, over these tokens. -> y (1,l,H,P), state (1,H,P,N)"""
         x, delta, B, C = (torch.stack(v)[None].double() for v in zip(*tokens))
@@ -586,7 +585,6 @@ def test_choose_layers_finds_what_the_mixers_broke_round_by_round():
     for mixer, scale in zip(mixers.values(), (0.01, 0.32, 0.86, 0.08, 1.41, 0.18)):
         mixer.out_proj.weight *= scale
     before = parameters_of(student)
-
     def kl(kept):
         hybrid = M.convert_to_hybrid(teacher, kept)
         for i, mixer in hybrid.mixers().items():
@@ -653,7 +651,6 @@ def test_dpo_raises_the_margin_over_the_teachers():
 def test_train_stops_after_its_seconds():
     """Also where the first step, which compiles, takes longer than all of them may."""
     student, pause, rows = make_student([1], layers=2, dtype=torch.float32), [0.6], []
-
     def loss_of_rows(drawn):
         time.sleep(pause.pop() if pause else 0)
         rows.extend(drawn)
@@ -980,7 +977,6 @@ def untimed(report):
 def steps_and_judgements(patch, stop_at=None, exception=KeyboardInterrupt):
     """Count the optimizer's steps and the evaluations; the one of number `stop_at` raises."""
     seen = []
-
     def counted(act):
         def counting(*args, **options):
             if len(seen) == stop_at:
@@ -1064,7 +1060,6 @@ def test_ctrl_c_ends_sampling_at_once_and_leaves_no_handler(world, tmp_path, mon
 def stages_of(world, out, more, patch):
     """A command whose stages do not train. -> {stage: the arguments that it was given}"""
     given = {}
-
     def recorded(act):
         def record(*args, **options):
             call = inspect.signature(act).bind(*args, **options).arguments
@@ -1126,6 +1121,11 @@ def ends_in_one_line(line, capsys, main, argv):
     said = [s for s in capsys.readouterr().err.splitlines() if s.strip()]
     assert stopped.value.code == 2 and len(said) == 1, said
     assert said[0].startswith("error: ") and re.search(line, said[0]), said
+
+def test_a_full_gpu_is_one_line(capsys):
+    def full(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    ends_in_one_line("out of memory", capsys, full, [])
 
 @pytest.mark.parametrize("more,line", [
     ("--colour red", "--colour"), ("--attention 1.5", "1.5.*0..1"), ("--attention nan", "nan"),
