@@ -34,7 +34,6 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pydoc_data.topics import topics
 
 import numpy
@@ -49,10 +48,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+# Triton is optional: where there is none (macOS, Windows) the PyTorch forms of all kernels serve
 try:
     import triton
     import triton.language as tl
-except ImportError:                       # no Triton on this platform: the PyTorch forms serve
+except ImportError:
     triton = tl = None
 
 # what transformers calls a cache, before 5.24 and since
@@ -61,7 +61,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_
 # ---- 1. Configuration: the teacher's own fields, plus ours. A recipe is a row of RECIPES. -----
 FAMILIES = {"llama": transformers.LlamaModel, "mistral": transformers.MistralModel,
             "qwen2": transformers.Qwen2Model}
-RECIPES = {     # what differs from the defaults of HybridConfig; "paper" is the authors' start
+# what differs from the defaults of HybridConfig; "paper" is the authors' start
+RECIPES = {
     "near_linear": {},      # starts close to linearized attention; distils best
     "paper": dict(rope=False, scale_c=False, conv="default", gate="default", norm=True, skip=1.0),
     "random": dict(attn_init=False)}    # Table 8's control: without the attention weights
@@ -70,6 +71,10 @@ def require(condition, message):
     """Raise ValueError(message) unless `condition` holds; the command line prints that line."""
     if not condition:
         raise ValueError(message)
+
+def wide(v):
+    """v in fp32, or as it is if it is finer: states, decays, losses lose too much in bf16."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 class HybridConfig(transformers.PreTrainedConfig):
     """The teacher's configuration (as extra fields) and what the conversion changed."""
@@ -118,9 +123,8 @@ def mamba2_scan(x, delta, A, B, C, state, chunk=64):
     cum_t sums the log decays Delta A from the chunk's start to t. Nothing is divided by a decay,
     since exp(-3000) is 0. Shapes: `recurrence`; c is the number of chunks"""
     # 1. cut into chunks; sums of decays in the state's precision, products in x's
-    wide = state.dtype
     chunk = min(chunk, x.shape[1])
-    log_decay = into_chunks(delta.to(wide) * A[:, 0].to(wide), chunk)   # (b,c,H,chunk,1)
+    log_decay = into_chunks(wide(delta) * A[:, 0], chunk)               # (b,c,H,chunk,1)
     u = into_chunks((delta * x).to(x.dtype), chunk)                     # (b,c,H,chunk,P)
     B = into_chunks(B, chunk)                                           # (b,c,H,chunk,N)
     C = into_chunks(C, chunk)                                           # (b,c,H,chunk,N)
@@ -128,7 +132,7 @@ def mamba2_scan(x, delta, A, B, C, state, chunk=64):
     total = cum[..., -1:, :]                                            # (b,c,H,1,1)
     # 2. what each chunk adds to the state, decayed to the chunk's end
     to_end = torch.exp(total - cum).to(x.dtype)                         # (b,c,H,chunk,1)
-    added = ((u * to_end).mT @ B).to(wide)                              # (b,c,H,P,N)
+    added = wide((u * to_end).mT @ B)                                   # (b,c,H,P,N)
     # 3. the state carried from chunk to chunk
     starts = []
     for c in range(added.shape[1]):
@@ -181,15 +185,16 @@ if triton is not None:
         n = tl.arange(0, BN)                                            # (BN,) columns
         head = tl.program_id(1)
         row = tl.program_id(2).to(tl.int64)                             # offsets pass 2^31
-        rows = tl.num_programs(2)
         in_tile = (p < P)[:, None] & (n < N)[None, :]                   # (BP,BN)
+        # without counts every token is new, and the state is stored after the last one
         base = 0
         n_old = 0
         keep = T
         if counts is not None:
+            # (3,b) in memory: base of all rows, then committed, then pending; a program per row
             base = tl.load(counts + row)
-            keep = tl.load(counts + rows + row) - base
-            n_old = keep + tl.load(counts + 2 * rows + row)
+            keep = tl.load(counts + tl.num_programs(2) + row) - base
+            n_old = keep + tl.load(counts + 2 * tl.num_programs(2) + row)
         # from here on the pointers are those of this row, head and channels; DP, DN are A's p', n'
         x += (row * SLOTS * H + head) * P + p                           # (BP,)
         B += (row * SLOTS * H + head) * N + n                           # (BN,)
@@ -207,6 +212,7 @@ if triton is not None:
             x_i = tl.load(x + slot * H * P, mask=p < P, other=0).to(tl.float32)         # (BP,)
             B_i = tl.load(B + slot * H * N, mask=n < N, other=0).to(tl.float32)         # (BN,)
             C_t = tl.load(C + t * H * N, mask=n < tl.where(t < 0, 0, N), other=0).to(tl.float32)
+            # one step of `recurrence`; the state is stored after one token, y for the new ones
             h = tl.exp2(delta_i[:, None] * a) * h + (delta_i * x_i)[:, None] * B_i[None, :]
             tl.store(state, h, mask=in_tile & (n[None, :] < tl.where(i + 1 == keep, N, 0)))
             tl.store(y + t * H * P, tl.sum(h * C_t[None, :], 1), mask=p < tl.where(t < 0, 0, P))
@@ -236,12 +242,11 @@ def run_step_kernel(x, delta, A, B, C, state, counts=None):
 
 def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
     """`recurrence`, by the fastest form; state and decays are at least fp32. Shapes: there."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if state is None:
-        state = x.new_zeros(len(x), *x.shape[2:], B.shape[-1], dtype=wide)          # (b,H,P,N)
+    state = wide(x.new_zeros(len(x), *x.shape[2:], B.shape[-1])) if state is None else state
     if A.shape[-1] == 1 and x.shape[1] > 1:
         return mamba2_scan(x, delta, A, B, C, state, chunk or 64)
-    if torch.is_grad_enabled() or not use_triton(wide, x.device):
+    # the kernel makes no gradients and computes in fp32
+    if torch.is_grad_enabled() or not use_triton(state.dtype, x.device):
         return mamba_scan(x, delta, A, B, C, state, chunk or 32)
     state = state.clone()
     return run_step_kernel(x, delta, A, B, C, state), state
@@ -274,11 +279,11 @@ class Mixer(nn.Module):
         self.per_channel = config.mixer == "mamba"
         self.head_dim = config.head_dim
         self.N = config.d_state or self.head_dim
-        cut = self.head_dim // self.N       # mixer heads of an attention head: Mamba's states of 16
-        self.runs = 1 if config.group_by_state else cut
-        self.H = config.num_attention_heads * cut
         self.d_inner = config.num_attention_heads * self.head_dim
         self.d_xb = config.num_key_value_heads * self.head_dim
+        # states of 16 cut an attention head of 64 into 4 mixer heads, see `to_heads`
+        self.H = self.d_inner // self.N
+        self.runs = 1 if config.group_by_state else self.head_dim // self.N
         rank = math.ceil(config.hidden_size / 16) if self.per_channel else self.H
         self.rows = [self.d_inner, self.d_xb, self.d_xb, self.d_inner, rank]    # z, x, B, C, dt
         # the start: what the recipe leaves open has PyTorch's own random start, as in Mamba's code
@@ -286,18 +291,15 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, config.hidden_size)
         n = self.d_inner if self.per_channel else self.H                        # Deltas
         c = self.d_inner if self.per_channel else 2 * self.d_xb + self.d_inner  # convolved
-        if self.per_channel:
-            self.dt_proj = nn.Linear(rank, n, bias=False)
+        self.dt_proj = nn.Linear(rank, n, bias=False) if self.per_channel else nn.Identity()
         self.conv1d = nn.Conv1d(c, c, config.d_conv, groups=c)
-        if config.norm:
-            self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
+        self.norm_weight = nn.Parameter(torch.ones(self.d_inner)) if config.norm else None
         self.D = nn.Parameter(torch.full((n,), config.skip))
-        wide = torch.promote_types(self.D.dtype, torch.float32)
         # Delta at dt = 0: log-uniform in 0.001..0.1. A: 1..N in every channel, or uniform in 1..16
-        delta = torch.empty(n, dtype=wide).uniform_(math.log(0.001), math.log(0.1)).exp()
+        delta = wide(torch.empty(n)).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))    # softplus inverse
-        A = torch.empty(n, dtype=wide).uniform_(1, 16)
-        A = torch.arange(1, self.N + 1, dtype=wide).repeat(n, 1) if self.per_channel else A
+        A = torch.empty_like(delta).uniform_(1, 16)
+        A = torch.arange(1, self.N + 1).to(delta).repeat(n, 1) if self.per_channel else A
         self.A_log = nn.Parameter(A.log())
         with torch.no_grad():
             for layer in (self.in_proj, self.out_proj, self.conv1d):
@@ -318,6 +320,7 @@ class Mixer(nn.Module):
         C.copy_(attention.q_proj.weight)                                # (d_inner,D)
         self.out_proj.weight.copy_(attention.o_proj.weight)             # (D,d_inner)
         _, x, B, C, _ = self.in_proj.bias.split(self.rows)
+        # Qwen2's V, K and Q have biases, Llama's and Mistral's none: there ours stay 0
         for letter, new in {"v": x, "k": B, "q": C, "o": self.out_proj.bias}.items():
             old = attention.get_submodule(letter + "_proj").bias
             if old is not None:
@@ -341,32 +344,35 @@ class Mixer(nn.Module):
         """u (b,l,D), token_mask (b,l) True at real tokens -> (y (b,l,D), None).
         A cache gives the columns before these (`convolve`) and the state to scan from."""
         cache = kwargs.get(CACHE)
+        # 1. one product for z, x, B, C and dt
         proj = self.in_proj(hidden_states)                              # (b,l,sum(rows))
-        if token_mask is not None:                  # padding: nothing enters the convolution ...
-            proj = proj * token_mask[..., None]
+        # padding: nothing enters the convolution ...
+        proj = proj if token_mask is None else proj * token_mask[..., None]
         z, xBC, dt = proj.split((self.d_inner, 2 * self.d_xb + self.d_inner, self.rows[-1]), -1)
+        # 2. the convolution: of x, B and C in Mamba2; of x alone, heads repeated, in Mamba
         if not self.per_channel:
             xBC = self.convolve(xBC, cache)
         x, BC = xBC.split((self.d_xb, self.d_xb + self.d_inner), -1)
-        if self.per_channel:                        # Mamba convolves x alone, heads repeated
+        if self.per_channel:
             x = to_heads(x.unflatten(-1, (-1, self.N)), self.H, self.runs).flatten(-2)
             x = self.convolve(x, cache)                                 # (b,l,d_inner)
+        # 3. B and C are rotated and scaled as attention does it with K and Q, then cut into heads
         BC = BC.unflatten(-1, (-1, self.head_dim))                      # (b,l,heads of K and Q,d)
         if self.config.rope:                        # one call for both; its second argument: none
             BC, _ = apply_rotary_pos_emb(BC, BC[:, :, :0], *position_embeddings, unsqueeze_dim=2)
         x = x.unflatten(-1, (-1, self.N))                               # (b,l,Gx,P)
         BC = BC.flatten(-2).unflatten(-1, (-1, self.N))                 # (b,l,G+H,N)
         B, C = BC.split((self.d_xb // self.N, self.H), 2)
-        C = C * self.head_dim ** -0.5 if self.config.scale_c else C     # as attention does
+        C = C * self.head_dim ** -0.5 if self.config.scale_c else C
+        # 4. what Mamba adds: the gate, the step, decay and skip
         z = z.unflatten(-1, (self.H, -1))                               # (b,l,H,P)
-        dt = self.dt_proj(dt) if self.per_channel else dt               # (b,l,H p')
-        dt = dt.unflatten(-1, (self.H, -1))                             # (b,l,H,p')
-        if token_mask is not None:                  # ... nor the state
-            dt = dt.masked_fill(~token_mask[..., None, None], -math.inf)
-        wide = torch.promote_types(self.dt_bias.dtype, torch.float32)
-        dt_bias = self.dt_bias.to(wide).view(self.H, -1)                # (H,p')
-        A = -torch.exp(self.A_log.to(wide)).view(*dt_bias.shape, -1)    # (H,p',n')
-        D = self.D.to(wide).view(self.H, -1)                            # (H,p')
+        dt = self.dt_proj(dt).unflatten(-1, (self.H, -1))               # (b,l,H,p')
+        # ... nor the state: softplus(-inf) = 0
+        dt = dt if token_mask is None else dt.masked_fill(~token_mask[..., None, None], -math.inf)
+        dt_bias = wide(self.dt_bias).view(self.H, -1)                   # (H,p')
+        A = -torch.exp(wide(self.A_log)).view(*dt_bias.shape, -1)       # (H,p',n')
+        D = wide(self.D).view(self.H, -1)                               # (H,p')
+        # 5. the scan, from where the cache stands
         inputs = (x, dt, B, C, A, dt_bias, D, z)
         if hasattr(cache, "multi_step"):            # Algorithm 2's: tokens may be taken back
             y = cache.multi_step(self.layer_idx, *inputs, self.runs)
@@ -376,7 +382,7 @@ class Mixer(nn.Module):
             if cache is not None:
                 cache.update_recurrent_state(state, self.layer_idx)
         if self.config.norm:                                            # y (b,l,H,P)
-            y = F.rms_norm(y.to(wide), (self.N,), eps=1e-5) * self.norm_weight.view(self.H, -1)
+            y = F.rms_norm(wide(y), (self.N,), eps=1e-5) * self.norm_weight.view(self.H, -1)
         return self.out_proj(y.flatten(-2).to(proj.dtype)), None
 
 # ---- 5. The hybrid: the teacher's network with some attention layers replaced (Algorithm 1). --
@@ -396,31 +402,29 @@ class HybridForCausalLM(LlamaForCausalLM):
                              for kind in config.layer_types]
         self.model = FAMILIES[config.teacher_type](inner)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()                            # mixers come later: it would start them anew
-        for i, layer in enumerate(self.model.layers):
-            if i not in config.attn_layers:
-                layer.self_attn = Mixer(config, i)
+        self.post_init()
+        # the mixers come after it: post_init would start their weights anew
+        for i in sorted({*range(config.num_hidden_layers)} - {*config.attn_layers}):
+            self.model.layers[i].self_attn = Mixer(config, i)
 
     def mixers(self):
         """{layer index: Mixer} of the converted layers."""
-        return {i: layer.self_attn for i, layer in enumerate(self.model.layers)
-                if i not in self.config.attn_layers}
+        return {m.layer_idx: m for m in self.modules() if isinstance(m, Mixer)}
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 cache=None, inputs_embeds=None, labels=None, use_cache=None, **kwargs):
         """As Llama's; a cache by default only in no_grad. A 0 of the mask, anywhere, keeps a token
         out of every state; ValueError: a mask not (b,past+l), packed rows. input_ids (b,l)"""
         cache = past_key_values if cache is None else cache         # before and since 5.24
-        use_cache = not torch.is_grad_enabled() if use_cache is None else use_cache
-        if cache is None and use_cache:
+        if cache is None and (use_cache or use_cache is None and not torch.is_grad_enabled()):
             cache = transformers.DynamicCache(config=self.config)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        b, l = tokens.shape[:2]
+        b, l = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         mask = None
         if attention_mask is not None:
             want = (b, l + (0 if cache is None else cache.get_seq_length()))    # static: a dict
             require(getattr(attention_mask, "shape", 0) == want, f"attention_mask must be {want}")
             mask = attention_mask[:, -l:].bool()                                        # (b,l)
+        # positions count real tokens only, as transformers' generate has them
         if position_ids is None and mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -l:]
         elif position_ids is not None:              # packed documents would mix their states
@@ -428,11 +432,11 @@ class HybridForCausalLM(LlamaForCausalLM):
             highest = torch.where(real, position_ids, -1).cummax(-1).values             # (.,l)
             again = real[:, 1:] & (highest.diff() == 0)
             require(not again.any(), "position_ids start again: packed documents need own rows")
-        out = super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                              inputs_embeds=inputs_embeds, labels=labels, token_mask=mask,
-                              use_cache=cache is not None, **{CACHE: cache}, **kwargs)
-        if cache is not None and not self.config.attn_layers:       # it counts tokens by columns
-            cache.update(*tokens.new_zeros(2, b, 1, l, 1), 0)       # of K and V, which get l more
+        out = super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, labels,
+                              cache is not None, token_mask=mask, **kwargs)
+        # a cache counts tokens by the columns of K and V: without attention it gets l empty ones
+        if cache is not None and not self.config.attn_layers:
+            cache.update(*self.lm_head.weight.new_zeros(2, b, 1, l, 1), 0)
         return out
 
 AutoConfig.register("mamba_in_llama", HybridConfig, exist_ok=True)
@@ -440,7 +444,6 @@ AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 HybridConfig.register_for_auto_class()
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-@torch.no_grad()
 def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_linear",
                       d_state=None, **switches):
     """Algorithm 1: a hybrid with the weights of a Llama, Mistral or Qwen2, which is left untouched.
@@ -487,9 +490,8 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     """Eq. 2: alpha * CE on the pseudo-labels + beta * KL[p_T || p_S], mean over labelled tokens.
     labels as transformers has them: shifted inside, -100 ignored; 0 if all are. In nats, at least
     fp32; the defaults are the paper's. logits (b,l,V)  labels (b,l) -> loss (), ce, kl, tokens"""
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    log_s = student_logits[:, :-1].to(wide).log_softmax(-1)                             # (b,l-1,V)
-    log_t = teacher_logits[:, :-1].to(wide).log_softmax(-1)                             # (b,l-1,V)
+    log_s = wide(student_logits[:, :-1]).log_softmax(-1)                                # (b,l-1,V)
+    log_t = wide(teacher_logits[:, :-1]).log_softmax(-1)                                # (b,l-1,V)
     targets = labels[:, 1:]                                                             # (b,l-1)
     n = (targets != -100).sum()
     ce = F.nll_loss(log_s.flatten(0, 1), targets.flatten(), reduction="sum") / n.clamp(min=1)
@@ -497,8 +499,7 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     kl = kl.masked_fill(targets == -100, 0).sum() / n.clamp(min=1)
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
 
-def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teacher_head, labels,
-                              alpha=1.0, beta=0.1):
+def chunked_distillation_loss(student_hidden, teacher_hidden, heads, labels, alpha=1.0, beta=0.1):
     """The same from hidden states (b,l,D) and heads (V,D), for training: a few rows at a time
     become probabilities in fp32. Nothing flows to the teacher. labels (b,l) -> loss ()"""
     on_gpu = student_hidden.is_cuda
@@ -506,15 +507,14 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, student_head, teac
     rows = max(1, (4096 if on_gpu else 1024) // labels.shape[1])
     total = 0
     for s, t, y in zip(student_hidden.split(rows), teacher_hidden.split(rows), labels.split(rows)):
-        logits = F.linear(s, student_head), F.linear(t, teacher_head.detach())          # (rows,l,V)
+        logits = F.linear(s, heads[0]), F.linear(t, heads[1].detach())                  # (rows,l,V)
         loss, parts = loss_of_logits(*logits, y, alpha, beta)
         total = total + loss * parts["tokens"]
     return total / (labels[:, 1:] != -100).sum().clamp(min=1)
 
 def sequence_logps(logits, labels):
     """Sum of log p over the labelled tokens of each row. logits (b,l,V)  labels (b,l) -> (b,)"""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return -F.cross_entropy(logits[:, :-1].mT.to(wide), labels[:, 1:], reduction="none").sum(1)
+    return -F.cross_entropy(wide(logits[:, :-1].mT), labels[:, 1:], reduction="none").sum(1)
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
     """Eq. 4: -log sigmoid(beta [log p_S(y_w)/p_T(y_w) - log p_S(y_l)/p_T(y_l)]), unreduced, of
@@ -533,10 +533,9 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
     """How far the student is from its teacher, at every position t >= max(prefix_len, 1), or where
     `labels` (n,l) says. kl in nats a token; agreement: where both say the same word.
     tokens (n,l) -> {"perplexity", "teacher_perplexity", "ratio", "kl", "agreement"}"""
-    if labels is None:
-        labels = tokens.clone()
-        labels[:, :prefix_len] = -100
-    labels = labels.to(student.device)
+    labels = (tokens if labels is None else labels).to(student.device, copy=True)
+    labels[:, :prefix_len] = -100
+    # of the student's nats, KL, the teacher's nats, and positions where both say the same
     sums = torch.zeros(4, dtype=torch.float64, device=student.device)
     for batch, part in zip(tokens.to(student.device).split(batch_size), labels.split(batch_size)):
         s = student(batch, use_cache=False).logits                                      # (b,l,V)
@@ -547,9 +546,9 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
         means = torch.stack([ours["ce"], ours["kl"], theirs["ce"]])
         sums += torch.cat([means * ours["tokens"], same.sum()[None]])
     nats, kl, teacher_nats, same = sums / (labels[:, 1:] != -100).sum().clamp(min=1)
-    return {"perplexity": nats.exp().item(), "teacher_perplexity": teacher_nats.exp().item(),
-            "ratio": (nats - teacher_nats).exp().item(),    # exp of a tensor: inf past 709 nats
-            "kl": kl.item(), "agreement": same.item()}
+    # exp of a tensor, since math.exp raises past 709 nats where this gives inf
+    return dict(perplexity=nats.exp().item(), teacher_perplexity=teacher_nats.exp().item(),
+                ratio=(nats - teacher_nats).exp().item(), kl=kl.item(), agreement=same.item())
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
@@ -564,6 +563,7 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
             layer.self_attn = teacher.model.layers[i].self_attn if i in keep else mixers[i]
     keep = []
     wanted = teacher(tokens, use_cache=False).logits                                    # (m,l,V)
+    # each round scores all that are left beside those already kept, and keeps the best few
     for left in range(min(rounds, n), 0, -1):
         scores = {}
         for i in tqdm(mixers.keys() - keep, "layers", leave=False, disable=None):
@@ -587,10 +587,9 @@ def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, 
         for module in worth_compiling or only or ():
             module.compile(dynamic=False)
     model.requires_grad_(only is None)              # what is frozen takes no gradients, no memory
-    for module in only or ():
-        module.requires_grad_(True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    nn.ModuleList(only or ()).requires_grad_(True)
+    # frozen parameters have no gradient: the optimizer and the clipping pass over them
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     draw = torch.Generator().manual_seed(0)
     losses = []
     start = time.monotonic()
@@ -598,8 +597,10 @@ def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, 
     bar = tqdm(range(steps or 10 ** 9), name, leave=False, disable=None)
     for step in bar:
         done = (step + .5) / steps if steps else (time.monotonic() - start) / max(end - start, 1e-9)
-        if done >= 1 and step > 1:                  # late or not, two steps are taken
+        # late or not, two steps are taken
+        if done >= 1 and step > 1:
             break
+        # the schedule: a tenth of warm-up, then half a cosine
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         optimizer.param_groups[0]["lr"] = lr * min(1.0, done / 0.1) * cosine
         rows = torch.randint(n, (batch_size,), generator=draw)
@@ -607,7 +608,7 @@ def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, 
             loss = loss_of_rows(rows)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.detach())
         if step % 10 == 0 or not loss.is_cuda:      # looking waits for a GPU
             bar.set_postfix_str(f"loss {loss.item():.3f}")
@@ -633,14 +634,14 @@ def align_mixers(student, teacher, tokens, steps=None, **options):
             teacher.model(tokens[rows].to(teacher.device), use_cache=False)
         errors = []
         for i, mixer in new.items():
+            # relative to the layer's own size: all layers weigh the same
             given, wanted = seen[i]
             y, _ = mixer(given["hidden_states"], given["position_embeddings"])          # (b,l,D)
             errors.append((y.float() - wanted).square().sum() / wanted.float().square().sum())
         return torch.stack(errors).mean()
     with ExitStack() as hooks:
-        for i in new:
-            attention = teacher.model.layers[i].self_attn
-            hooks.enter_context(attention.register_forward_hook(remember, with_kwargs=True))
+        for layer in teacher.model.layers:
+            hooks.enter_context(layer.self_attn.register_forward_hook(remember, with_kwargs=True))
         return train("alignment", student, error, len(tokens), steps, only=new.values(), **options)
 
 def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1.0, **options):
@@ -652,7 +653,7 @@ def distil(name, student, teacher, tokens, labels, steps=None, alpha=0.5, beta=1
             theirs = teacher.model(batch, use_cache=False).last_hidden_state            # (b,l,D)
         ours = student.model(batch, use_cache=False).last_hidden_state                  # (b,l,D)
         heads = student.lm_head.weight, teacher.lm_head.weight                          # (V,D)
-        return chunked_distillation_loss(ours, theirs, *heads, labels[rows].to(batch), alpha, beta)
+        return chunked_distillation_loss(ours, theirs, heads, labels[rows].to(batch), alpha, beta)
     layers = [*student.model.layers, *teacher.model.layers]
     return train(name, student, loss_of_rows, len(tokens), steps, worth_compiling=layers, **options)
 
@@ -692,6 +693,7 @@ class Chat:
         """ValueError for a tokenizer or template that does not tell where answers are."""
         require(tokenizer.chat_template, "the tokenizer has no chat template")
         self.tokenizer = tokenizer
+        # two questions and two answers without a common token: what is shared is the template's
         asked = []                                  # ids of two conversations up to the answer
         for question in ("The", "###"):             # a word that may merge with a space before it
             answered = [self.ids(turns_of(question, answer)) for answer in ("The", "###")]
@@ -699,10 +701,10 @@ class Chat:
         self.user_start = os.path.commonprefix(asked)       # what stands before a first question
         self.answer_start = os.path.commonprefix([ids[::-1] for ids in asked])[::-1]    # after it
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        ends = [i for i in answered[0][len(asked[1]):] if i in special]     # what follows "###"
+        # the first special id after the answer "The" to the question "###"
+        self.end = next((i for i in answered[0][len(asked[1]):] if i in special), None)
         self.mark = tokenizer.decode(self.answer_start).strip()
-        require(self.mark and ends, "the chat template marks no answer or ends it by no special id")
-        self.end = ends[0]
+        require(self.mark and self.end is not None, "the chat template marks no answer or no end")
 
     def ids(self, turns, **options):
         """Messages as the template renders them -> ids; ValueError for what it refuses."""
@@ -717,6 +719,7 @@ class Chat:
         header = torch.tensor(self.answer_start)
         found = (tokens.unfold(1, len(header), 1) == header).all(-1)    # (n,l-header+1)
         for row, start in found.nonzero().tolist():
+            # to the first end token; an answer that was cut ends with its row
             first = start + len(header)
             last = (tokens[row].tolist() + [self.end]).index(self.end, first) + 1
             labels[row, first:last] = tokens[row, first:last]
@@ -724,8 +727,7 @@ class Chat:
 
 def pack(rows, length, chat):
     """Lists of ids -> tokens, labels (n,l), cut at `length`, padded with unlabelled end tokens."""
-    rows = [torch.tensor(ids[:length]) for ids in rows]
-    tokens = nn.utils.rnn.pad_sequence(rows, True, chat.end)
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids[:length]) for ids in rows], True, chat.end)
     return tokens, chat.label(tokens)
 
 def with_answers(source, length, *sides):
@@ -780,7 +782,6 @@ def read_model(name, device):
 
 def write_whole(path, write):
     """write(file): `path` is the old file or the new one, whenever the run is killed."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path + ".tmp", "wb") as file:
         write(file)
     os.replace(path + ".tmp", path)
@@ -800,13 +801,11 @@ def make_toy_teacher(folder):
     chat = Chat(tokenizer)
     words = [paragraph.split() for paragraph in text.split("\n\n")]
     rows = [chat.ids(turns_of(" ".join(w[:8]), " ".join(w[8:48]))) for w in words if len(w) > 19]
-    seen = [torch.tensor(row) for t, row in enumerate(rows) if t % 10]
-    ids = torch.cat(seen).unfold(0, 128, 128)                                           # (n,128)
+    ids = torch.cat([torch.tensor(row) for t, row in enumerate(rows) if t % 10]).unfold(0, 128, 128)
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=2))
+        vocab_size=512, num_hidden_layers=4, intermediate_size=384, max_position_embeddings=1024,
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
     train("teacher", teacher, lambda i: teacher(ids[i], labels=ids[i]).loss, len(ids), 330, lr=2e-3)
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -827,7 +826,7 @@ SETTINGS = {
 def parse_args(argv=None):
     """The flags and the settings of the device; ValueError for values that make no sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = partial(require, False)          # ValueError, not argparse's own exit
+    parser.error = lambda message: require(False, message)      # ValueError, not its own exit
     add = parser.add_argument
     add("--tiny", action="store_true", help="the whole story at toy size, in ./tiny_run")
     add("--teacher", help="a Llama, Mistral or Qwen2 chat model: directory or hub name")
@@ -879,37 +878,37 @@ def prepare(args):
     teacher, tokenizer = read_model(args.teacher, args.device)
     chat = Chat(tokenizer)
     convert(teacher, [], args)                      # thrown away: it refuses misfits
+    length = args.length
     least, most = len(chat.user_start + chat.answer_start), teacher.config.max_position_embeddings
-    require(least < args.length <= most, f"--length {args.length} is not in {least + 1}..{most}")
-    sft = args.sft and read_jsonl(args.sft, chat, args.length, "response")[0]
-    pairs = args.preferences and read_jsonl(args.preferences, chat, args.length, "chosen",
-                                            "rejected")
+    require(least < length <= most, f"--length {length} is not in {least + 1}..{most}")
+    sft = args.sft and read_jsonl(args.sft, chat, length, "response")[0]
+    pairs = args.preferences and read_jsonl(args.preferences, chat, length, "chosen", "rejected")
     path = args.tokens_file or os.path.join(args.out, "data.npz")
     if not args.tokens_file and not os.path.exists(path):
-        n = 10 ** 5 if args.minutes else math.ceil(args.tokens / args.length)
-        tokens = sample(
-            teacher, chat.user_start, n, args.length, min(args.sampled, 64 * args.batch),
-            args.temperature, 54 * (args.minutes or 0) * args.shares[0])
-        write_whole(path, partial(numpy.savez, tokens=tokens.numpy()))
+        n = 10 ** 5 if args.minutes else math.ceil(args.tokens / length)
+        tokens = sample(teacher, chat.user_start, n, length, min(args.sampled, 64 * args.batch),
+                        args.temperature, 54 * (args.minutes or 0) * args.shares[0])
+        write_whole(path, lambda file: numpy.savez(file, tokens=tokens.numpy()))
     V = teacher.config.vocab_size
     with reading(path, f"npz with `tokens` (n,l), integers in 0..{V - 1}, two rows or more"):
-        tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))[:, :args.length]
+        tokens = torch.from_numpy(numpy.load(path)["tokens"].astype("int64"))[:, :length]
         require(0 <= tokens.min() <= tokens.max() < V, f"found {tokens.min()}..{tokens.max()}")
-        (tokens, labels), = with_answers(path, args.length, (tokens, chat.label(tokens)))
+        (tokens, labels), = with_answers(path, length, (tokens, chat.label(tokens)))
         require(len(tokens) > 1, "want one to learn from and one to judge")
     n = min(max(16, 4 * args.scored), len(tokens) // 8 + 1)     # rows that nothing is trained on
     judges = [("", (tokens[:n], labels[:n])), ("human_", human)][:1 + args.tiny]
-    tokens, labels = tokens[n:], labels[n:]
-    other = tokens.where(labels == -100, tokens.roll(1, 0))     # (n,l): the row before answers
-    pairs = pairs or ((tokens, labels), (other, other.where(labels != -100, -100)))
-    return teacher, chat, argparse.Namespace(train=(tokens, labels), sft=sft or (tokens, labels),
-                                             pairs=pairs, judges=judges)
+    own = tokens, labels = tokens[n:], labels[n:]
+    # the answer that is rejected: what the row before has at the same places
+    other = tokens.where(labels == -100, tokens.roll(1, 0))                             # (n,l)
+    pairs = pairs or (own, (other, other.where(labels != -100, -100)))
+    return teacher, chat, argparse.Namespace(train=own, sft=sft or own, pairs=pairs, judges=judges)
 
 def run_phase(phase, student, teacher, data, args):
     """One phase, for its share of the time or of --tokens (DPO: fewer rows a step). -> losses"""
     how = dict(batch_size=args.batch, lr=args.rates[phase])
-    if args.minutes:                                # a tenth of what is left judges and saves
+    if args.minutes:            # a tenth judges and saves
         left = max(1.0, args.start + 60 * args.minutes - time.monotonic())
+        # its share of what is left, among the phases that are still to come
         how["seconds"] = 0.9 * left * args.shares[phase] / sum(args.shares[phase:])
     else:
         share = args.shares[phase] / sum(args.shares[1:])
@@ -926,12 +925,13 @@ def run(teacher, data, args):
     """All phases of one student, each judged and kept in OUT/progress.pt. -> student, its rows"""
     L = len(teacher.model.layers)
     n = round(args.attention * L)
-    choose = 0 < n < L and not args.even
-    keep = [] if choose else [math.ceil((i + 1) * L / n) - 1 for i in range(n)]  # [] until chosen
+    # evenly spaced, where there is nothing to choose; else [] until alignment is over
+    keep = [math.ceil((i + 1) * L / n) - 1 for i in range(n)] if args.even or n == L else []
     student = convert(teacher, keep, args)
     rows = []
     path = os.path.join(args.out, "progress.pt")
     if args.resume and os.path.exists(path):
+        # the table so far, and the weights after its last row
         with reading(path, "what a run with these flags has written"):
             rows, weights = torch.load(path, map_location="cpu")
             require(len(rows[-1]["layers"]) in (len(keep), n), "it has another --attention")
@@ -942,7 +942,8 @@ def run(teacher, data, args):
             continue
         start = time.monotonic()
         losses = run_phase(phase, student, teacher, data, args) if phase else []
-        if phase == 1 and choose and not student.config.attn_layers:
+        if phase == 1 and n and not student.config.attn_layers:
+            # a new student with these layers; the mixers of the others stay as they were aligned
             aligned = student.state_dict()
             few = [v[:args.scored].to(args.device) for v in data.train]
             student = convert(teacher, choose_layers(student, teacher, n, *few), args)
@@ -954,7 +955,7 @@ def run(teacher, data, args):
             row.update({prefix + key: value for key, value in judged.items()})
         require(math.isfinite(row["kl"]), f"{name}: KL {row['kl']} after it, nothing saved")
         rows.append(row)
-        write_whole(path, partial(torch.save, (rows, student.state_dict())))
+        write_whole(path, lambda file: torch.save((rows, student.state_dict()), file))
         print(f"  {name:<10}{row['ratio']:9.3f}{row.get('human_ratio', math.nan):9.3f}"
               f"{row['kl']:9.3f}{row['agreement']:10.1%}{row['seconds']:8.1f} s", flush=True)
     return student, rows
@@ -964,22 +965,21 @@ def main(argv=None):
     args = parse_args(argv)
     teacher, chat, data = prepare(args)
     print(f"teacher and data: {time.monotonic() - args.start:.0f} s")
-    tables = {}                                     # mixer: rows
+    report = dict(tables={}, args=vars(args), torch=torch.__version__)      # tables by mixer
     for mixer in ("mamba2", "mamba") if args.tiny else (args.mixer,):
         args.mixer = mixer
-        args.out = os.path.join("tiny_run", mixer) if args.tiny else args.out
+        out = os.path.join(args.out, mixer) if args.tiny else args.out
         print(f"{mixer}, perplexity ratio to the teacher:\n  {'':<10}{'own text':>9}{'people':>9}"
               f"{'KL, nats':>9}{'agreement':>10}{'time':>9}")
-        student, tables[mixer] = run(teacher, data, args)
-        student.save_pretrained(args.out)           # weights, config and this file
-        chat.tokenizer.save_pretrained(args.out)    # and the chat template
+        student, report["tables"][mixer] = run(teacher, data, args)
+        student.save_pretrained(out)                # weights, config and this file
+        chat.tokenizer.save_pretrained(out)         # and the chat template
         print(f"  {time.monotonic() - args.start:.0f} s, attention in {student.config.attn_layers}")
-    report = dict(tables=tables, args=vars(args), torch=torch.__version__)
     if args.json:
         write_whole(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
-    again = transformers.pipeline("text-generation", args.out, device=args.device)  # as saved
+    again = transformers.pipeline("text-generation", out, device=args.device)       # as saved
     said = again(turns_of("What is the capital of France?"), max_new_tokens=48, do_sample=False)
-    print(f"saved to {args.out}; it says:", said[0]["generated_text"][-1]["content"])
+    print(f"saved to {out}; it says:", said[0]["generated_text"][-1]["content"])
     return report
 
 def cli(run_main=main):

@@ -532,7 +532,7 @@ def test_chunked_loss_and_gradients_are_the_plain_ones(labelled):
     head, t_head = [logits64(V, D, seed=D).requires_grad_() for D in (6, 8)]
     s, t = hidden @ head.T, t_hidden @ t_head.T
     plain, parts = M.distillation_loss(s, t, labels, 0.7, 0.3)
-    chunked = M.chunked_distillation_loss(hidden, t_hidden, head, t_head, labels, 0.7, 0.3)
+    chunked = M.chunked_distillation_loss(hidden, t_hidden, (head, t_head), labels, 0.7, 0.3)
     n = (labels[:, 1:] != -100).sum().item()
     grads = [torch.autograd.grad(v, (hidden, head), retain_graph=True) for v in (plain, chunked)]
     close((plain, *grads[0]), (chunked, *grads[1]))
