@@ -241,14 +241,14 @@ def run_step_kernel(x, delta, A, B, C, state, counts=None):
     return y
 
 def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
-    """`recurrence`, by the fastest form; state and decays are at least fp32. Shapes: there."""
+    """`recurrence` by its fastest form; state and decays are at least fp32. Shapes: `recurrence`"""
     state = wide(x.new_zeros(len(x), *x.shape[2:], B.shape[-1])) if state is None else state
     if A.shape[-1] == 1 and x.shape[1] > 1:
         return mamba2_scan(x, delta, A, B, C, state, chunk or 64)
     # the kernel makes no gradients and computes in fp32
     if torch.is_grad_enabled() or not use_triton(state.dtype, x.device):
         return mamba_scan(x, delta, A, B, C, state, chunk or 32)
-    state = state.clone()
+    state = state.clone(memory_format=torch.contiguous_format)
     return run_step_kernel(x, delta, A, B, C, state), state
 
 # ---- 4. The mixer: what stands where attention stood. Both kinds, training and decoding. ------
@@ -277,13 +277,12 @@ class Mixer(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.per_channel = config.mixer == "mamba"
-        self.head_dim = config.head_dim
-        self.N = config.d_state or self.head_dim
-        self.d_inner = config.num_attention_heads * self.head_dim
-        self.d_xb = config.num_key_value_heads * self.head_dim
+        self.N = config.d_state or config.head_dim
+        self.d_inner = config.num_attention_heads * config.head_dim
+        self.d_xb = config.num_key_value_heads * config.head_dim
         # states of 16 cut an attention head of 64 into 4 mixer heads, see `to_heads`
         self.H = self.d_inner // self.N
-        self.runs = 1 if config.group_by_state else self.head_dim // self.N
+        self.runs = 1 if config.group_by_state else config.head_dim // self.N
         rank = math.ceil(config.hidden_size / 16) if self.per_channel else self.H
         self.rows = [self.d_inner, self.d_xb, self.d_xb, self.d_inner, rank]    # z, x, B, C, dt
         # the start: what the recipe leaves open has PyTorch's own random start, as in Mamba's code
@@ -320,7 +319,7 @@ class Mixer(nn.Module):
         C.copy_(attention.q_proj.weight)                                # (d_inner,D)
         self.out_proj.weight.copy_(attention.o_proj.weight)             # (D,d_inner)
         _, x, B, C, _ = self.in_proj.bias.split(self.rows)
-        # Qwen2's V, K and Q have biases, Llama's and Mistral's none: there ours stay 0
+        # Qwen2 has biases at V, K, Q, a Llama with attention_bias at all four; else ours stay 0
         for letter, new in {"v": x, "k": B, "q": C, "o": self.out_proj.bias}.items():
             old = attention.get_submodule(letter + "_proj").bias
             if old is not None:
@@ -357,13 +356,13 @@ class Mixer(nn.Module):
             x = to_heads(x.unflatten(-1, (-1, self.N)), self.H, self.runs).flatten(-2)
             x = self.convolve(x, cache)                                 # (b,l,d_inner)
         # 3. B and C are rotated and scaled as attention does it with K and Q, then cut into heads
-        BC = BC.unflatten(-1, (-1, self.head_dim))                      # (b,l,heads of K and Q,d)
+        BC = BC.unflatten(-1, (-1, self.config.head_dim))               # (b,l,heads of K and Q,d)
         if self.config.rope:                        # one call for both; its second argument: none
             BC, _ = apply_rotary_pos_emb(BC, BC[:, :, :0], *position_embeddings, unsqueeze_dim=2)
         x = x.unflatten(-1, (-1, self.N))                               # (b,l,Gx,P)
         BC = BC.flatten(-2).unflatten(-1, (-1, self.N))                 # (b,l,G+H,N)
         B, C = BC.split((self.d_xb // self.N, self.H), 2)
-        C = C * self.head_dim ** -0.5 if self.config.scale_c else C
+        C = C * self.config.head_dim ** -0.5 if self.config.scale_c else C
         # 4. what Mamba adds: the gate, the step, decay and skip
         z = z.unflatten(-1, (self.H, -1))                               # (b,l,H,P)
         dt = self.dt_proj(dt).unflatten(-1, (self.H, -1))               # (b,l,H,p')
@@ -454,8 +453,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     require(mixer in ("mamba", "mamba2"), f"mixer {mixer!r} is neither 'mamba' nor 'mamba2'")
     require(recipe in RECIPES, f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
     require(switches.keys() <= HybridConfig.__annotations__.keys(), f"unknown among {[*switches]}")
-    require(theirs.model_type in FAMILIES,
-            f"teacher: model type {theirs.model_type!r} is none of {', '.join(FAMILIES)}")
+    require(theirs.model_type in FAMILIES, f"model type {theirs.model_type!r}: want {[*FAMILIES]}")
     L = len(teacher.model.layers)
     keep = list(range(1, L, 2)) if attn_layers is None else sorted(int(i) for i in attn_layers)
     require(keep == sorted({*keep} & {*range(L)}), f"attn_layers {keep}: want distinct, 0..{L - 1}")
@@ -500,8 +498,8 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.
     return alpha * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach(), "tokens": n}
 
 def chunked_distillation_loss(student_hidden, teacher_hidden, heads, labels, alpha=1.0, beta=0.1):
-    """The same from hidden states (b,l,D) and heads (V,D), for training: a few rows at a time
-    become probabilities in fp32. Nothing flows to the teacher. labels (b,l) -> loss ()"""
+    """The same from hidden states (b,l,D) and the two heads (V,D), for training: a few rows at
+    a time become probabilities in fp32. Nothing flows to the teacher. labels (b,l) -> loss ()"""
     on_gpu = student_hidden.is_cuda
     loss_of_logits = torch.compile(distillation_loss) if on_gpu and triton else distillation_loss
     rows = max(1, (4096 if on_gpu else 1024) // labels.shape[1])
@@ -530,8 +528,8 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 @torch.compiler.set_stance("force_eager")           # what is compiled was compiled for other shapes
 @torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available())
 def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
-    """How far the student is from its teacher, at every position t >= max(prefix_len, 1), or where
-    `labels` (n,l) says. kl in nats a token; agreement: where both say the same word.
+    """How far the student is from its teacher, at every position t >= max(prefix_len, 1), of those
+    that `labels` (n,l) name if given. kl in nats a token; agreement: both say the same word.
     tokens (n,l) -> {"perplexity", "teacher_perplexity", "ratio", "kl", "agreement"}"""
     labels = (tokens if labels is None else labels).to(student.device, copy=True)
     labels[:, :prefix_len] = -100
@@ -597,8 +595,7 @@ def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, 
     bar = tqdm(range(steps or 10 ** 9), name, leave=False, disable=None)
     for step in bar:
         done = (step + .5) / steps if steps else (time.monotonic() - start) / max(end - start, 1e-9)
-        # late or not, two steps are taken
-        if done >= 1 and step > 1:
+        if done >= 1 and step > 1:                  # late or not, two steps are taken
             break
         # the schedule: a tenth of warm-up, then half a cosine
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -731,7 +728,7 @@ def pack(rows, length, chat):
     return tokens, chat.label(tokens)
 
 def with_answers(source, length, *sides):
-    """The rows where each of `sides` (tokens, labels) has an answer; ValueError if none has."""
+    """Rows where each of `sides` (tokens, labels) has an answer: says how many. ValueError: none"""
     useful = torch.stack([(labels[:, 1:] != -100).any(1) for _, labels in sides]).all(0)    # (n,)
     found = f"{source}: {useful.sum()} of {len(useful)} rows have an answer in --length {length}"
     require(useful.any(), found)
@@ -756,8 +753,9 @@ def read_jsonl(path, chat, length, *fields):
 @nn.attention.sdpa_kernel([nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.MATH])
 def sample(model, prompt, n, length, batch_size=64, temperature=0.9, seconds=None):
     """At most n rows of the model's own text after `prompt` (ids), from its 50 likeliest tokens; no
-    batch begins after `seconds`. By transformers' generate, without cuDNN's attention, which plans
-    each length of a text anew, 40 ms a token. -> (rows,length)"""
+    batch begins that would end after `seconds`. By transformers' generate, without cuDNN's
+    attention, which plans each length of a text anew, 40 ms a token. -> (rows,length)"""
+    require(prompt, "the chat template has nothing before a question: no start for own text")
     rows = []
     start = time.monotonic()
     torch.manual_seed(0)
@@ -863,6 +861,8 @@ def parse_args(argv=None):
         os.makedirs(args.out, exist_ok=True)
         ours = [f for f in os.listdir(args.out) if f.startswith(("data.npz", "progress.pt"))]
         require(args.resume and ours or not os.listdir(args.out), "it holds files")
+        # what has no data.npz was begun with --tokens-file
+        require(args.tokens_file or sorted(ours)[:1] != ["progress.pt"], "give --tokens-file again")
     return args
 
 def convert(teacher, keep, args):
@@ -897,10 +897,10 @@ def prepare(args):
         require(len(tokens) > 1, "want one to learn from and one to judge")
     n = min(max(16, 4 * args.scored), len(tokens) // 8 + 1)     # rows that nothing is trained on
     judges = [("", (tokens[:n], labels[:n])), ("human_", human)][:1 + args.tiny]
-    own = tokens, labels = tokens[n:], labels[n:]
+    own = tokens[n:], labels[n:]
     # the answer that is rejected: what the row before has at the same places
-    other = tokens.where(labels == -100, tokens.roll(1, 0))                             # (n,l)
-    pairs = pairs or (own, (other, other.where(labels != -100, -100)))
+    other = own[0].where(own[1] == -100, own[0].roll(1, 0))                             # (n,l)
+    pairs = pairs or (own, (other, other.where(own[1] != -100, -100)))
     return teacher, chat, argparse.Namespace(train=own, sft=sft or own, pairs=pairs, judges=judges)
 
 def run_phase(phase, student, teacher, data, args):
