@@ -93,7 +93,6 @@ class HybridConfig(transformers.PreTrainedConfig):
     norm: bool = False                 # Mamba2's gated RMSNorm per head (fixes the output scale)
     skip: float = 0.0                  # D at the start
     d_conv: int = 4                    # taps of the causal depthwise convolution
-
 # ---- 2. The scan: h_t = exp(Delta_t A) h_{t-1} + Delta_t x_t B_t^T,  y_t = h_t C_t. -----------
 def recurrence(x, delta, A, B, C, state=None):
     """The definition of both mixers, token by token: slow, and what every fast form must equal.
@@ -170,7 +169,6 @@ def mamba_scan(x, delta, A, B, C, state, chunk=32):
         y, state = checkpoint(scan, x_t, delta_t, A, B_t, C_t, state, use_reentrant=False)
         ys.append(y)
     return torch.cat(ys, 1).to(x.dtype), state
-
 # ---- 3. The step kernel: `recurrence` with the state in registers, for decoding and prompts. ---
 if triton is not None:
     @triton.jit
@@ -236,6 +234,7 @@ def run_step_kernel(x, delta, A, B, C, state, counts=None):
     y = x.new_empty(b, T, H, P)
     inputs = [v.contiguous() for v in (x, delta, A, B, C)]
     with torch.cuda.device_of(x):
+        # the grid: tiles of BP channels, heads, rows of the batch
         step_kernel[triton.cdiv(P, BP), H, b](*inputs, state, y, counts, T, slots, H, P, N,
                                               *A.shape[1:], BP, BN, num_warps=max(1, BN // 256))
     return y
@@ -250,7 +249,6 @@ def chunked_scan(x, delta, A, B, C, state=None, chunk=None):
         return mamba_scan(x, delta, A, B, C, state, chunk or 32)
     state = state.clone(memory_format=torch.contiguous_format)
     return run_step_kernel(x, delta, A, B, C, state), state
-
 # ---- 4. The mixer: what stands where attention stood. Both kinds, training and decoding. ------
 def to_heads(v, H, runs):
     """Give each head its group's slice, as in attention: v (b,l,G,n) -> (b,l,H,n). Blocks of `runs`
@@ -383,7 +381,6 @@ class Mixer(nn.Module):
         if self.config.norm:                                            # y (b,l,H,P)
             y = F.rms_norm(wide(y), (self.N,), eps=1e-5) * self.norm_weight.view(self.H, -1)
         return self.out_proj(y.flatten(-2).to(proj.dtype)), None
-
 # ---- 5. The hybrid: the teacher's network with some attention layers replaced (Algorithm 1). --
 class HybridForCausalLM(LlamaForCausalLM):
     """A causal language model of attention and Mamba layers. Llama's own class serves all three
@@ -475,6 +472,7 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
     # 3. the network: embedding, norms, MLPs, head and kept layers bear the same names in both
     student = AutoModelForCausalLM.from_config(
         config, dtype=teacher.dtype, attn_implementation=theirs._attn_implementation)
+    # not strict: the teacher has no mixers, the student no q_proj and so on where they stand
     student.load_state_dict(teacher.state_dict(), strict=False)
     # 4. Algorithm 1 proper: W_V, W_K, W_Q, W_O into each mixer
     if config.attn_init:
@@ -482,7 +480,6 @@ def convert_to_hybrid(teacher, attn_layers=None, mixer="mamba2", recipe="near_li
             mixer_i.copy_attention(teacher.model.layers[i].self_attn)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).train(teacher.training)
-
 # ---- 6. Losses: Eq. 2 (CE + KL), Eq. 4 (DPO). Logits at t predict token t + 1. ---------------
 def distillation_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=0.1):
     """Eq. 2: alpha * CE on the pseudo-labels + beta * KL[p_T || p_S], mean over labelled tokens.
@@ -506,6 +503,7 @@ def chunked_distillation_loss(student_hidden, teacher_hidden, heads, labels, alp
     total = 0
     for s, t, y in zip(student_hidden.split(rows), teacher_hidden.split(rows), labels.split(rows)):
         logits = F.linear(s, heads[0]), F.linear(t, heads[1].detach())                  # (rows,l,V)
+        # a piece's loss is the mean over its own labelled tokens: weigh it by their number
         loss, parts = loss_of_logits(*logits, y, alpha, beta)
         total = total + loss * parts["tokens"]
     return total / (labels[:, 1:] != -100).sum().clamp(min=1)
@@ -522,7 +520,6 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     rejected_rewards = beta * (policy_rejected - reference_rejected)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
-
 # ---- 7. Evaluation, and which layers should stay attention. -----------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")           # what is compiled was compiled for other shapes
@@ -551,9 +548,10 @@ def evaluate(student, teacher, tokens, prefix_len=0, batch_size=8, labels=None):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 @torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available())
-def choose_layers(student, teacher, n, tokens, labels, rounds=5):
+def choose_layers(student, teacher, n, tokens, labels, rounds=5, seconds=math.inf):
     """Which n layers should stay attention, of a student with aligned mixers everywhere: in a few
-    rounds, those that leave the least KL to the teacher. tokens, labels (m,l) -> indices"""
+    rounds, those that leave the least KL to the teacher; the round in which `seconds` are over is
+    the last. tokens, labels (m,l) -> indices"""
     mixers = student.mixers()
     def put_attention(keep):
         """The teacher's attention into the layers `keep`, the student's mixers into all others."""
@@ -561,17 +559,19 @@ def choose_layers(student, teacher, n, tokens, labels, rounds=5):
             layer.self_attn = teacher.model.layers[i].self_attn if i in keep else mixers[i]
     keep = []
     wanted = teacher(tokens, use_cache=False).logits                                    # (m,l,V)
+    end = time.monotonic() + seconds
+    left = min(rounds, n)
     # each round scores all that are left beside those already kept, and keeps the best few
-    for left in range(min(rounds, n), 0, -1):
+    while len(keep) < n:
         scores = {}
         for i in tqdm(mixers.keys() - keep, "layers", leave=False, disable=None):
             put_attention([*keep, i])
             logits = student(tokens, use_cache=False).logits                            # (m,l,V)
             scores[i] = distillation_loss(logits, wanted, labels)[1]["kl"].item()
-        keep += sorted(scores, key=scores.get)[:math.ceil((n - len(keep)) / left)]
+        left = left - 1 if time.monotonic() < end else 0        # rounds after this one
+        keep += sorted(scores, key=scores.get)[:math.ceil((n - len(keep)) / (left + 1))]
     put_attention([])
     return sorted(keep)
-
 # ---- 8. Training: one loop for alignment and the three stages. --------------------------------
 def train(name, model, loss_of_rows, n, steps=None, seconds=None, batch_size=8, lr=1e-3, only=None,
           worth_compiling=()):
@@ -667,7 +667,6 @@ def dpo(student, teacher, chosen, rejected, steps=None, beta=0.1, **options):
                 logps.append(sequence_logps(logits, labels[rows].to(model.device)))
         return dpo_loss(*logps, beta)[0].mean()
     return train("stage 3", student, loss_of_rows, len(chosen[0]), steps, **options)
-
 # ---- 9. Data: conversations to tokens and labels, the teacher's own text, the toy world. ------
 @contextmanager
 def reading(source, wanted):
@@ -808,7 +807,6 @@ def make_toy_teacher(folder):
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return pack(rows[::10], 128, chat)
-
 # ---- 10. The command line: convert, align, choose layers, three stages; judge and save each. ---
 PHASES = ("converted", "alignment", "stage 1", "stage 2", "stage 3")
 # best known: peak rate of each phase; its share of the time (0: left out), sampling's first
@@ -946,7 +944,9 @@ def run(teacher, data, args):
             # a new student with these layers; the mixers of the others stay as they were aligned
             aligned = student.state_dict()
             few = [v[:args.scored].to(args.device) for v in data.train]
-            student = convert(teacher, choose_layers(student, teacher, n, *few), args)
+            seconds = 6 * args.minutes if args.minutes else math.inf        # a tenth of all
+            chosen = choose_layers(student, teacher, n, *few, seconds=seconds)
+            student = convert(teacher, chosen, args)
             student.load_state_dict(aligned, strict=False)
         row = {"stage": name, "losses": losses[::len(losses) // 500 + 1],
                "layers": student.config.attn_layers, "seconds": time.monotonic() - start}
