@@ -234,7 +234,6 @@ def run_step_kernel(x, delta, A, B, C, state, counts=None):
     y = x.new_empty(b, T, H, P)
     inputs = [v.contiguous() for v in (x, delta, A, B, C)]
     with torch.cuda.device_of(x):
-        # the grid: tiles of BP channels, heads, rows of the batch
         step_kernel[triton.cdiv(P, BP), H, b](*inputs, state, y, counts, T, slots, H, P, N,
                                               *A.shape[1:], BP, BN, num_warps=max(1, BN // 256))
     return y
@@ -842,7 +841,7 @@ def parse_args(argv=None):
     add("--json", help="write the table to this file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = "tiny" if "--tiny" in (sys.argv if argv is None else argv) else device
-    parser.set_defaults(device=device, start=time.monotonic(), **SETTINGS[kind])
+    parser.set_defaults(device=device, start=time.monotonic(), judging=0.0, **SETTINGS[kind])
     args = parser.parse_args(argv)
     require(args.teacher and args.out, "give --tiny, or --teacher and --out")
     require(0 <= args.attention <= 1, f"--attention {args.attention} is outside 0..1")
@@ -904,8 +903,9 @@ def prepare(args):
 def run_phase(phase, student, teacher, data, args):
     """One phase, for its share of the time or of --tokens (DPO: fewer rows a step). -> losses"""
     how = dict(batch_size=args.batch, lr=args.rates[phase])
-    if args.minutes:            # a tenth judges and saves
-        left = max(1.0, args.start + 60 * args.minutes - time.monotonic())
+    if args.minutes:            # less what judging takes, and a tenth to save
+        end = args.start + 60 * args.minutes - (len(PHASES) - phase) * args.judging
+        left = max(1.0, end - time.monotonic())
         # its share of what is left, among the phases that are still to come
         how["seconds"] = 0.9 * left * args.shares[phase] / sum(args.shares[phase:])
     else:
@@ -929,7 +929,6 @@ def run(teacher, data, args):
     rows = []
     path = os.path.join(args.out, "progress.pt")
     if args.resume and os.path.exists(path):
-        # the table so far, and the weights after its last row
         with reading(path, "what a run with these flags has written"):
             rows, weights = torch.load(path, map_location="cpu")
             require(len(rows[-1]["layers"]) in (len(keep), n), "it has another --attention")
@@ -953,6 +952,7 @@ def run(teacher, data, args):
         for prefix, (tokens, labels) in data.judges:
             judged = evaluate(student, teacher, tokens, 0, 4, labels)
             row.update({prefix + key: value for key, value in judged.items()})
+        args.judging = time.monotonic() - start - row["seconds"]
         require(math.isfinite(row["kl"]), f"{name}: KL {row['kl']} after it, nothing saved")
         rows.append(row)
         write_whole(path, lambda file: torch.save((rows, student.state_dict()), file))
