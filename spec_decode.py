@@ -756,7 +756,7 @@ def speculative_decode(target, draft, input_ids, max_new_tokens, lookahead=4, te
     """Algorithm 2, SPECULATE: draft K tokens, VERIFY them, until every row has ended, each in
     its time. On CUDA a round is one captured graph.
     target, draft: hybrids or plain decoders; draft: or a `Draft`. input_ids: (b,l), or b tensors of
-    different lengths. eos_token_id: None, an id or several. ring: most tokens between flushes.
+    different lengths. eos_token_id: None, an id or several. ring: most tokens that a state lacks.
     simulate: see `accept`. on_round: called with (rows, drafted, n_accepted, token) before tokens
     are emitted. compiled: see `start_decoding`. ValueError if something is wrong -> DecodeResult"""
     require(type(draft) is Draft or lookahead >= 1, f"lookahead {lookahead} must be at least 1")

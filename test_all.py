@@ -375,7 +375,7 @@ def follow_schedule(model, seed, ring, rounds=6, prompts=(5, 1, 8), tol=1e-9):
         assert cache.call.counts[1].tolist() == [len(row) for row in rows]
 
 SLIDING = {"llama": {}, "mistral": dict(kind="mistral", sliding_window=4), "qwen2": dict(
-    kind="qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)}  # the second
+    kind="qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)}  # layer 1 only
 
 @both
 @pytest.mark.parametrize("layers,fields", [
